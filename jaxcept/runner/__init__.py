@@ -1,0 +1,1 @@
+"""Obeys: turns a plan into one padded batch and one compiled step."""

@@ -1,0 +1,1 @@
+"""Decides: sequences, blocks, prefix cache, policies and queues. Standard library only."""

@@ -1,0 +1,125 @@
+"""The page both towers read: what one step computes, and what came of it. Plain values, no clock, no arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from jaxcept.scheduler.params import SamplingParams
+
+
+class ChunkKind(StrEnum):
+    """Why a run of known tokens is computed; for the ledger alone, the runner treats all alike."""
+
+    PREFILL = "prefill"
+    RECOMPUTE = "recompute"  # tokens whose KV was computed before and given up
+    RETURNED = "returned"  # tokens that a tool returned
+
+
+class Decodes(NamedTuple):
+    """Sequences that compute the one token they sampled last, which is still on the device. Columns, equal lengths.
+
+    `positions[i]` is where that token stands in its sequence; its KV goes there. Each entry samples the next token.
+    """
+
+    seq_ids: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
+
+
+class Chunk(NamedTuple):
+    """A run of known tokens of one sequence: positions start .. start + len(token_ids) - 1."""
+
+    seq_id: int
+    row: int
+    kind: ChunkKind
+    start: int
+    token_ids: tuple[int, ...]
+    samples: bool  # whether the token after the last one is drawn
+    num_recomputed: int = 0  # how many of these had their KV computed before
+
+
+class TableUpdate(NamedTuple):
+    """block_ids stand at offset, offset + 1, … of the row's block table from this step on."""
+
+    row: int
+    offset: int
+    block_ids: tuple[int, ...]
+
+
+class RowSetup(NamedTuple):
+    """A sequence takes a row of the runner's per-row state (0 <= row < max_num_seqs); whoever had it is gone.
+
+    `token_ids` are all ids known so far; `output_spans` the [start, stop) ranges of them that the model generated
+    (presence and frequency penalties count these alone). `seed` is the sequence's own, already derived from the
+    request's seed and the index of the completion.
+    """
+
+    row: int
+    seq_id: int
+    params: SamplingParams
+    seed: int
+    token_ids: tuple[int, ...]
+    output_spans: tuple[tuple[int, int], ...]
+    num_prompt: int
+    stop_token_ids: tuple[int, ...]  # not drawn before params.min_tokens tokens are generated
+
+
+class MoveKind(StrEnum):
+    COPY = "copy"  # device to device, for copy-on-write
+
+
+class BlockMove(NamedTuple):
+    """One block's content moves from src to dst before the step computes."""
+
+    kind: MoveKind
+    src: int
+    dst: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """The frozen input of one step. Moves first, then rows, then tables, then the batch: decodes, then chunks."""
+
+    step_id: int
+    decodes: Decodes
+    chunks: tuple[Chunk, ...]
+    tables: tuple[TableUpdate, ...]
+    rows: tuple[RowSetup, ...]
+    moves: tuple[BlockMove, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Query tokens of the step."""
+        return len(self.decodes.rows) + sum(len(chunk.token_ids) for chunk in self.chunks)
+
+    @property
+    def sampling_seq_ids(self) -> tuple[int, ...]:
+        """The sequences that draw a token, in the order of StepResult.token_ids."""
+        return self.decodes.seq_ids + tuple(chunk.seq_id for chunk in self.chunks if chunk.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural-log probabilities at one position, of the model's own distribution (temperature 1, before any filter)."""
+
+    logprob: float  # of the token that stands there
+    rank: int  # 1 is the most likely
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What came of a plan. `token_ids` are aligned with plan.sampling_seq_ids.
+
+    `logprobs` maps an index of token_ids to its log-probabilities, for the sequences that asked. `prompt_logprobs` maps
+    an index of plan.chunks to one entry per token of the chunk: the log-probabilities of the token AFTER it, as far as
+    it is known in the chunk's sequence; given for chunks of sequences that asked for prompt_logprobs.
+    """
+
+    step_id: int
+    token_ids: tuple[int, ...]
+    logprobs: Mapping[int, TokenLogprobs]
+    prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]]

@@ -1,0 +1,1 @@
+"""Tools: definitions from signatures, call parsers, executors and their limits."""
