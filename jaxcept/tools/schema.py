@@ -52,16 +52,18 @@ def type_schema(hint: Any) -> tuple[Schema, Convert]:
         made = _array(hint, origin)
     elif hint in (dict, Mapping) or origin in (dict, Mapping):
         made = _mapping(hint)
-    elif isinstance(hint, type) and issubclass(hint, enum.Enum):
-        made = _enum(hint)
-    elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        made = _dataclass(hint)
-    elif isinstance(hint, type) and typing.is_typeddict(hint):
-        made = _typed_dict(hint)
     else:
-        made = None
-    if made is not None:
-        return made
+        made = _class(hint)
+    return made
+
+
+def _class(hint: Any) -> tuple[Schema, Convert]:
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return _enum(hint)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _dataclass(hint)
+    if typing.is_typeddict(hint):
+        return _typed_dict(hint)
     raise UnsupportedTypeError(
         f"{hint!r} has no JSON schema; use str, int, float, bool, list, dict[str, T], Literal, Enum, a dataclass, "
         "a TypedDict, or a union of these"
