@@ -1,1 +1,1 @@
-"""x"""
+"""Architectures as flax.nnx modules, and their weights out of Hugging Face folders."""

@@ -1,0 +1,235 @@
+# mypy: allow-subclassing-any
+"""The parts that the architectures share. Modules hold arrays and settings; they pass through `jax.jit` as they are.
+
+The class of a parameter says how it lies in a checkpoint and what a random model draws for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxcept_kernels.attention import Implementation, paged_attention, write_kv
+from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
+from jaxcept_kernels.linear import linear, lookup_rows
+from jaxcept_models.config import ModelConfig
+from jaxcept_models.rope import RotaryTables, rotate
+
+GATE_BLOCK = 32
+
+
+class Matrix(nnx.Param[jax.Array]):
+    """[in, out], or packed; a checkpoint holds it as [out, in]."""
+
+
+class Table(nnx.Param[jax.Array]):
+    """[rows, width], looked up by row; a checkpoint holds it as it is."""
+
+
+class TiedTable(Table):
+    """A table that is the matrix of the logits as well: [rows, width], or packed as a matrix of [width, rows]."""
+
+
+class Scale(nnx.Param[jax.Array]):
+    """[width], one in a random model."""
+
+
+class Bias(nnx.Param[jax.Array]):
+    """[width], zero in a random model."""
+
+
+class Step(NamedTuple):
+    """What the layers of one forward pass have in common."""
+
+    meta: AttentionMetadata
+    rotary: RotaryTables
+
+
+class Linear(nnx.Module):
+    """x @ weight, plus a bias where the architecture has one."""
+
+    def __init__(self, num_in: int, num_out: int, dtype: jnp.dtype, *, bias: bool = False) -> None:
+        self.weight = Matrix(jnp.zeros((num_in, num_out), dtype))
+        self.bias = Bias(jnp.zeros(num_out, dtype)) if bias else None
+        self.num_out = num_out
+
+    def __call__(
+        self,
+        x: jax.Array,  # [tokens, in]
+    ) -> jax.Array:
+        """[tokens, out] in x's dtype."""
+        bias = None if self.bias is None else self.bias[...]
+        return linear(x, self.weight[...], bias=bias, out_features=self.num_out)
+
+
+class Embedding(nnx.Module):
+    """Token id → hidden vector, and back to logits where the two are tied."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, tied: bool) -> None:
+        kind = TiedTable if tied else Table
+        self.weight = kind(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
+        self.vocab_size = config.vocab_size
+
+    def __call__(
+        self,
+        token_ids: jax.Array,  # [tokens] int32
+    ) -> jax.Array:
+        """[tokens, hidden]"""
+        table = self.weight[...]
+        return table.at[token_ids].get(mode="clip") if table.ndim == 2 else lookup_rows(table, token_ids)
+
+    def logits(
+        self,
+        hidden: jax.Array,  # [rows, hidden]
+    ) -> jax.Array:
+        """[rows, vocab] in hidden's dtype."""
+        table = self.weight[...]
+        return linear(hidden, table.T if table.ndim == 2 else table, out_features=self.vocab_size)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · scale over the last axis, in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, width: int, eps: float, dtype: jnp.dtype) -> None:
+        self.scale = Scale(jnp.ones(width, dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(jnp.float32)
+        result: jax.Array = (normed * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
+        return result
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / deviation · scale + bias over the last axis, in float32."""
+
+    def __init__(self, width: int, eps: float, dtype: jnp.dtype) -> None:
+        self.scale = Scale(jnp.ones(width, dtype))
+        self.bias = Bias(jnp.zeros(width, dtype))
+        self.eps = eps
+
+    def __call__(
+        self,
+        x: jax.Array,  # [tokens, width]
+    ) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+        scale, bias = self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
+        return (normed * scale[None, :] + bias[None, :]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Rotary grouped-query attention over the paged pool, its four projections in two matrices.
+
+    The columns of `qkv` come by kv head: its query heads, its key, its value, so that a split by kv heads is a split
+    by columns.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation) -> None:
+        dim = config.head_dim
+        self.heads, self.kv_heads, self.dim = config.num_heads, config.num_kv_heads, dim
+        self.implementation = implementation
+        self.qkv = Linear(
+            config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * dim, dtype, bias=config.qkv_bias
+        )
+        self.output = Linear(config.num_heads * dim, config.hidden_size, dtype, bias=config.output_bias)
+        self.q_norm = RMSNorm(dim, config.norm_eps, dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(dim, config.norm_eps, dtype) if config.qk_norm else None
+
+    def __call__(
+        self,
+        x: jax.Array,  # [tokens, hidden]
+        pool: KVPool,
+        layer: jax.Array,  # int32 scalar
+        step: Step,
+        layout: KVLayout,
+    ) -> tuple[jax.Array, KVPool]:
+        """[tokens, hidden], and the pool with this layer's keys and values of the batch."""
+        tokens = x.shape[0]
+        group = self.heads // self.kv_heads
+        parts = self.qkv(x).reshape(tokens, self.kv_heads, group + 2, self.dim)
+        q = parts[:, :, :group].reshape(tokens, self.heads, self.dim)
+        k, v = parts[:, :, group], parts[:, :, group + 1]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, step.rotary), rotate(k, step.rotary)
+        pool = write_kv(pool, k, v, step.meta, layout, layer, implementation=self.implementation)
+        mixed = paged_attention(
+            q, pool, step.meta, layout, layer, scale=self.dim**-0.5, implementation=self.implementation
+        )
+        return self.output(mixed.reshape(tokens, self.heads * self.dim)), pool
+
+
+def gate_block(intermediate_size: int) -> int:
+    """Columns of gate, then as many of up, and so on: a split of the columns keeps each gate with its up."""
+    return math.gcd(intermediate_size, GATE_BLOCK)
+
+
+class GatedMLP(nnx.Module):
+    """silu(x @ gate) · (x @ up) @ down, gate and up in one matrix (SwiGLU, Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, dtype, bias=config.mlp_bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, dtype, bias=config.mlp_bias)
+        self.block = gate_block(config.intermediate_size)
+
+    def __call__(
+        self,
+        x: jax.Array,  # [tokens, hidden]
+    ) -> jax.Array:
+        """[tokens, hidden]"""
+        tokens = x.shape[0]
+        parts = self.gate_up(x).reshape(tokens, -1, 2, self.block)
+        return self.down((jax.nn.silu(parts[:, :, 0]) * parts[:, :, 1]).reshape(tokens, -1))
+
+
+class MLP(nnx.Module):
+    """gelu(x @ up) @ down with biases, gelu in its tanh form."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+        self.up = Linear(config.hidden_size, config.intermediate_size, dtype, bias=config.mlp_bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, dtype, bias=config.mlp_bias)
+
+    def __call__(
+        self,
+        x: jax.Array,  # [tokens, hidden]
+    ) -> jax.Array:
+        """[tokens, hidden]"""
+        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+
+class Layer(Protocol):
+    """One layer of a model: an nnx module, so a tree of arrays that `jax.jit` takes as an argument."""
+
+    def __call__(
+        self, hidden: jax.Array, pool: KVPool, layer: jax.Array, step: Step, layout: KVLayout
+    ) -> tuple[jax.Array, KVPool]: ...
+
+
+@partial(jax.jit, static_argnames="layout")
+def _run_layer(
+    module: Layer, hidden: jax.Array, pool: KVPool, layer: jax.Array, step: Step, *, layout: KVLayout
+) -> tuple[jax.Array, KVPool]:
+    return module(hidden, pool, layer, step, layout)
+
+
+def run_layers(
+    layers: Iterable[Layer],
+    hidden: jax.Array,  # [tokens, hidden]
+    pool: KVPool,
+    step: Step,
+    layout: KVLayout,
+) -> tuple[jax.Array, KVPool]:
+    """All layers in turn: [tokens, hidden], and the pool. Unrolled, traced once: the layer's number is an argument."""
+    for i, module in enumerate(layers):
+        hidden, pool = _run_layer(module, hidden, pool, jnp.int32(i), step, layout=layout)
+    return hidden, pool

@@ -1,0 +1,100 @@
+# mypy: allow-subclassing-any
+"""Llama and the models of its shape: Mistral (no biases), Qwen2 (biases on q, k, v), Qwen3 (norms on q and k)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxcept_kernels.attention import Implementation
+from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
+from jaxcept_models.config import ModelConfig
+from jaxcept_models.layers import Attention, Embedding, GatedMLP, Linear, RMSNorm, Step, run_layers
+from jaxcept_models.rope import rotary_tables
+from jaxcept_models.weight_map import FusedRows, Part, WeightMap, fused_rows
+
+
+class LlamaLayer(nnx.Module):
+    """Attention, then the gated MLP, each on a normed input and added to the residual."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation) -> None:
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.attention = Attention(config, dtype, implementation)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.mlp = GatedMLP(config, dtype)
+
+    def __call__(
+        self,
+        hidden: jax.Array,  # [tokens, hidden]
+        pool: KVPool,
+        layer: jax.Array,  # int32 scalar
+        step: Step,
+        layout: KVLayout,
+    ) -> tuple[jax.Array, KVPool]:
+        """[tokens, hidden], and the pool with this layer's part of the batch."""
+        attended, pool = self.attention(self.attention_norm(hidden), pool, layer, step, layout)
+        hidden = hidden + attended
+        return hidden + self.mlp(self.mlp_norm(hidden)), pool
+
+
+class Llama(nnx.Module):
+    """Embedding, layers, norm, and the projection to the vocabulary."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation) -> None:
+        self.rope = config.rope
+        tied = config.tie_word_embeddings
+        self.embedding = Embedding(config, dtype, tied=tied)
+        self.layers = nnx.List([LlamaLayer(config, dtype, implementation) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.head = None if tied else Linear(config.hidden_size, config.vocab_size, dtype)
+
+    def __call__(
+        self,
+        token_ids: jax.Array,  # [tokens] int32
+        meta: AttentionMetadata,
+        pool: KVPool,
+        layout: KVLayout,
+    ) -> tuple[jax.Array, KVPool]:
+        """[tokens, hidden] after the final norm, and the pool with this batch's keys and values."""
+        step = Step(meta, rotary_tables(meta.positions, self.rope))
+        hidden, pool = run_layers(self.layers, self.embedding(token_ids), pool, step, layout)
+        return self.norm(hidden), pool
+
+    def logits(
+        self,
+        hidden: jax.Array,  # [rows, hidden]
+    ) -> jax.Array:
+        """[rows, vocab] in hidden's dtype."""
+        return self.embedding.logits(hidden) if self.head is None else self.head(hidden)
+
+
+def llama_weights(config: ModelConfig) -> WeightMap:
+    """Tensor names of Llama, Mistral, Qwen2 and Qwen3 checkpoints."""
+    weights: dict[str, tuple[Part, ...]] = {
+        "embedding.weight": (Part("model.embed_tokens.weight"),),
+        "norm.scale": (Part("model.norm.weight"),),
+        "head.weight": (Part("lm_head.weight"),),
+    }
+    rows = fused_rows(config)
+    for i in range(config.num_layers):
+        layer = _layer_weights(f"model.layers.{i}", rows)
+        weights |= {f"layers.{i}.{path}": parts for path, parts in layer.items()}
+    return weights
+
+
+def _layer_weights(prefix: str, rows: FusedRows) -> dict[str, tuple[Part, ...]]:
+    weights: dict[str, tuple[Part, ...]] = {
+        "attention_norm.scale": (Part(f"{prefix}.input_layernorm.weight"),),
+        "attention.q_norm.scale": (Part(f"{prefix}.self_attn.q_norm.weight"),),
+        "attention.k_norm.scale": (Part(f"{prefix}.self_attn.k_norm.weight"),),
+        "mlp_norm.scale": (Part(f"{prefix}.post_attention_layernorm.weight"),),
+    }
+    for kind in ("weight", "bias"):
+        weights |= {
+            f"attention.qkv.{kind}": rows.qkv(f"{prefix}.self_attn", ("q_proj", "k_proj", "v_proj"), kind),
+            f"attention.output.{kind}": (Part(f"{prefix}.self_attn.o_proj.{kind}"),),
+            f"mlp.gate_up.{kind}": rows.gate_up(f"{prefix}.mlp", kind),
+            f"mlp.down.{kind}": (Part(f"{prefix}.mlp.down_proj.{kind}"),),
+        }
+    return weights

@@ -1,0 +1,97 @@
+"""Arrays of a model from a checkpoint or from a seed, one at a time: host memory holds the model and one array more."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcept_models.safetensors_folder import SafetensorsFolder
+from jaxcept_models.weight_map import Part
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Finish = Callable[[jax.Array], jax.Array]
+
+# Buffers that older checkpoints carry and that follow from the config, and the twin of a tied embedding.
+_DERIVED = re.compile(r"(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|embed_positions)$|^lm_head\.weight$")
+
+
+class Leaf(NamedTuple):
+    """One array of a model: its shape as a checkpoint stores its rows, the tensors that fill it, and the last touch."""
+
+    path: str
+    shape: tuple[int, ...]  # [out, in] for a matrix
+    parts: tuple[Part, ...]
+    finish: Finish  # from the rows as stored to the array as computed with
+
+    def part_shape(self, part: Part) -> tuple[int, ...]:
+        """The shape that a part must have in the checkpoint."""
+        return self.shape if part.rows is None else (len(part.rows), *self.shape[1:])
+
+
+def load_safetensors(
+    folder: str | Path, leaves: Sequence[Leaf], progress: Progress | None = None
+) -> tuple[jax.Array, ...]:
+    """The leaves' arrays from model.safetensors, or from the shards of its index.
+
+    All shapes are checked before any tensor is read. Raises CheckpointError that names file, tensor, both shapes.
+    """
+    with SafetensorsFolder(folder) as tensors:
+        dtypes = [_common_dtype(leaf, tensors) for leaf in leaves]
+        used = {part.tensor for leaf in leaves for part in leaf.parts}
+        unused = [name for name in tensors.names if name not in used and not _DERIVED.search(name)]
+        if unused:
+            logger.warning("%s: %d tensors are not used: %s", folder, len(unused), ", ".join(unused[:8]))
+        sizes = [int(np.prod(leaf.shape)) * dtype.itemsize for leaf, dtype in zip(leaves, dtypes, strict=True)]
+        arrays, done = [], 0
+        for leaf, dtype, size in zip(leaves, dtypes, sizes, strict=True):
+            arrays.append(_read(leaf, dtype, tensors))
+            done += size
+            if progress is not None:
+                progress(done, sum(sizes))
+    return tuple(arrays)
+
+
+def random_arrays(
+    leaves: Sequence[Leaf], scales: Sequence[float | None], seed: int, progress: Progress | None = None
+) -> tuple[jax.Array, ...]:
+    """The leaves' arrays drawn on the device: normal with the given deviation, or ones where it is None."""
+    key = jax.random.key(seed)
+    sizes = [4 * int(np.prod(leaf.shape)) for leaf in leaves]
+    arrays = []
+    for i, (leaf, scale) in enumerate(zip(leaves, scales, strict=True)):
+        rows = jnp.ones(leaf.shape) if scale is None else _normal(jax.random.fold_in(key, i), leaf.shape, scale)
+        arrays.append(leaf.finish(rows).block_until_ready())
+        if progress is not None:
+            progress(sum(sizes[: i + 1]), sum(sizes))
+    return tuple(arrays)
+
+
+@partial(jax.jit, static_argnames="shape")
+def _normal(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
+    return jax.random.normal(key, shape, jnp.float32) * scale
+
+
+def _common_dtype(leaf: Leaf, tensors: SafetensorsFolder) -> np.dtype[Any]:
+    """The stored dtype, or float32 where the parts of a fused array differ."""
+    dtypes = {tensors.describe(part.tensor, leaf.part_shape(part)) for part in leaf.parts}
+    return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+
+
+def _read(leaf: Leaf, dtype: np.dtype[Any], tensors: SafetensorsFolder) -> jax.Array:
+    rows = np.empty(leaf.shape, dtype)
+    for part in leaf.parts:
+        for where, slab in tensors.slabs(part.tensor):
+            rows[where if part.rows is None else part.rows[where]] = slab
+    stored = jax.device_put(rows)
+    # Waiting bounds what is alive at once: this array as stored, and as computed with.
+    return leaf.finish(stored).block_until_ready()

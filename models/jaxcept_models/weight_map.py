@@ -1,0 +1,72 @@
+"""Where each array of a model comes from: which tensors of a checkpoint fill which of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxcept_models.config import ModelConfig
+from jaxcept_models.layers import gate_block
+
+Rows = npt.NDArray[np.intp]
+
+
+class Part(NamedTuple):
+    """A tensor of the checkpoint and the row of the array that each of its rows becomes; None for all in their order.
+
+    Rows are counted as the checkpoint stores them: a matrix is [out, in] there, so its rows are output features.
+    """
+
+    tensor: str
+    rows: Rows | None = None
+
+
+WeightMap = Mapping[str, tuple[Part, ...]]  # by the array's path in the module, such as layers.0.mlp.down.weight
+
+
+class FusedRows(NamedTuple):
+    """Rows of the fused arrays, the same in every layer."""
+
+    q: Rows
+    k: Rows
+    v: Rows
+    gate: Rows
+    up: Rows
+
+    def qkv(self, prefix: str, names: tuple[str, str, str], kind: str) -> tuple[Part, ...]:
+        """Query, key and value by kv head."""
+        return tuple(
+            Part(f"{prefix}.{name}.{kind}", rows) for name, rows in zip(names, (self.q, self.k, self.v), strict=True)
+        )
+
+    def gate_up(self, prefix: str, kind: str) -> tuple[Part, ...]:
+        """Gate and up in alternating blocks."""
+        return (Part(f"{prefix}.gate_proj.{kind}", self.gate), Part(f"{prefix}.up_proj.{kind}", self.up))
+
+
+def fused_rows(config: ModelConfig) -> FusedRows:
+    """How this package lays out what a checkpoint holds apart; see layers.Attention and layers.GatedMLP."""
+    group, dim = config.num_heads // config.num_kv_heads, config.head_dim
+    places = np.arange(config.num_kv_heads * (group + 2) * dim).reshape(config.num_kv_heads, group + 2, dim)
+    if config.rope.interleaved:
+        places[:, : group + 1] = places[:, : group + 1][:, :, _pairs_to_halves(config)]
+    block = gate_block(config.intermediate_size)
+    blocks = np.arange(2 * config.intermediate_size).reshape(-1, 2, block)
+    return FusedRows(
+        q=places[:, :group].ravel(),
+        k=places[:, group].ravel(),
+        v=places[:, group + 1].ravel(),
+        gate=blocks[:, 0].ravel(),
+        up=blocks[:, 1].ravel(),
+    )
+
+
+def _pairs_to_halves(config: ModelConfig) -> Rows:
+    """Where entry j of a head goes when pairs (0, 1), (2, 3), … of r entries become (0, r / 2), (1, r / 2 + 1), …"""
+    places = np.arange(config.head_dim)
+    rotary = config.rope.rotary_dim
+    places[:rotary] = np.arange(rotary).reshape(2, rotary // 2).T.ravel()
+    return places

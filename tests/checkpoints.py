@@ -1,0 +1,78 @@
+"""Small random Hugging Face checkpoints of every family, written by transformers itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+_LLAMA: dict[str, Any] = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+_LLAMA31_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_GPTJ: dict[str, Any] = {
+    "vocab_size": 160,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "rotary_dim": 8,
+    "n_positions": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+_BUILDERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "gptj": (transformers.GPTJConfig, _GPTJ),
+    "llama2": (transformers.LlamaConfig, _LLAMA | {"num_key_value_heads": 4}),
+    "llama31": (transformers.LlamaConfig, _LLAMA | {"rope_parameters": _LLAMA31_ROPE}),
+    "mistral": (transformers.MistralConfig, _LLAMA | {"head_dim": 32, "sliding_window": None}),
+    "qwen25": (transformers.Qwen2Config, _LLAMA | {"tie_word_embeddings": True}),
+    "qwen3": (transformers.Qwen3Config, _LLAMA | {"head_dim": 32, "tie_word_embeddings": True}),
+}
+FAMILIES = tuple(_BUILDERS)
+
+
+def build_checkpoint(family: str, folder: Path, **overrides: Any) -> Path:
+    """Writes config.json and model.safetensors of a seeded random model to `folder` and returns it.
+
+    `overrides` go to the transformers config; `max_shard_size` to save_pretrained and `dtype` to the weights on disk.
+    Weights are large enough for sharp attention and distinct logits; biases and norms differ from 0 and 1.
+    """
+    shard_size = overrides.pop("max_shard_size", "5GB")
+    dtype = overrides.pop("dtype", torch.float32)
+    make_config, defaults = _BUILDERS[family]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(make_config(**(defaults | overrides)))
+        for name, parameter in model.named_parameters():
+            spread = torch.randn_like(parameter)
+            is_norm = parameter.ndim == 1 and name.endswith("weight")
+            parameter.data = 1 + 0.1 * spread if is_norm else 0.2 * spread
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    return folder
+
+
+def reference_model(folder: Path) -> Any:
+    """The same checkpoint in transformers: PyTorch, CPU, float32, plain attention."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
