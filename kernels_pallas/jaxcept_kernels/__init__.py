@@ -1,1 +1,1 @@
-"""Paged KV on the device: layout, attention, KV write, block copy, and the references that every implementation is held to."""
+"""Paged KV on the device: layout, attention, KV write, block copy, and the reference of each implementation."""

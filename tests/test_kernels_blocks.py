@@ -1,0 +1,74 @@
+"""Whole blocks move between the pool and staging arrays, and inside the pool, without a copy of the pool."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcept_kernels.blocks import copy_blocks, gather_blocks, scatter_blocks
+from jaxcept_kernels.layout import KVLayout, KVPool
+
+LAYOUT = KVLayout(3, 40, 4, 2, 8, jnp.dtype(jnp.float32))
+
+
+def random_pool() -> KVPool:
+    rng = np.random.default_rng(0)
+    return KVPool(*(jnp.asarray(rng.standard_normal(LAYOUT.shape), jnp.float32) for _ in range(2)))
+
+
+def by_layer(part: jax.Array) -> np.ndarray:
+    """[layers, blocks, kv_heads, block_size, head_dim]"""
+    return np.array(part).reshape(LAYOUT.num_layers, LAYOUT.num_blocks, *LAYOUT.shape[1:])
+
+
+def ids(*values: int) -> jax.Array:
+    return jnp.asarray(values, jnp.int32)
+
+
+def test_gather_takes_every_layer_of_a_block_and_zeros_for_padding() -> None:
+    pool = random_pool()
+    staging = gather_blocks(pool, LAYOUT, ids(7, 0, 39, 40, -1))
+    for part, staged in zip(pool, staging, strict=True):
+        assert staged.shape == (5, 3, 2, 4, 8)
+        np.testing.assert_array_equal(staged[:3], np.moveaxis(by_layer(part)[:, [7, 0, 39]], 0, 1))
+        assert not np.asarray(staged[3:]).any()
+
+
+def test_scatter_puts_blocks_back_and_drops_padding() -> None:
+    pool = random_pool()
+    staging = KVPool(*(jnp.full((4, 3, 2, 4, 8), i + 1.0) for i in range(2)))
+    got = scatter_blocks(pool, LAYOUT, ids(5, 40, 2, -1), staging)
+    for i, (part, before) in enumerate(zip(got, pool, strict=True)):
+        want = by_layer(before)
+        want[:, [5, 2]] = i + 1.0
+        np.testing.assert_array_equal(by_layer(part), want)
+
+
+def test_a_round_trip_restores_a_block_elsewhere() -> None:
+    pool = random_pool()
+    moved = scatter_blocks(pool, LAYOUT, ids(11, 30), gather_blocks(pool, LAYOUT, ids(3, 4)))
+    np.testing.assert_array_equal(by_layer(moved.v)[:, [11, 30]], by_layer(pool.v)[:, [3, 4]])
+
+
+def test_copies_read_before_they_write_and_padding_is_dropped() -> None:
+    pool = random_pool()
+    got = copy_blocks(pool, LAYOUT, ids(1, 2, 40, 9, -1), ids(2, 3, 5, 40, 6))
+    for part, before in zip(got, pool, strict=True):
+        want = by_layer(before)
+        want[:, [2, 3]] = by_layer(before)[:, [1, 2]]
+        np.testing.assert_array_equal(by_layer(part), want)
+
+
+def assert_in_place(function: Callable[..., KVPool], *arguments: object) -> None:
+    pool = random_pool()
+    memory = jax.jit(function, donate_argnums=0).lower(pool, *arguments).compile().memory_analysis()
+    assert memory is not None
+    assert memory.alias_size_in_bytes >= 2 * pool.k.nbytes
+    assert memory.temp_size_in_bytes < pool.k.nbytes // 2
+
+
+def test_a_donated_pool_stays_in_place() -> None:
+    staging = gather_blocks(random_pool(), LAYOUT, ids(1, 2))
+    assert_in_place(lambda pool, at, staged: scatter_blocks(pool, LAYOUT, at, staged), ids(3, 4), staging)
+    assert_in_place(lambda pool, src, dst: copy_blocks(pool, LAYOUT, src, dst), ids(1, 2), ids(3, 4))
