@@ -1,0 +1,154 @@
+"""The loop: schedule, submit, collect, update. Time, device and decisions are handed in."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+from jaxcept.clock import Clock
+from jaxcept.metrics import Ledger
+from jaxcept.scheduler.events import Event, FinishReason
+from jaxcept.scheduler.plan import StepPlan, StepResult
+from jaxcept.scheduler.request import Request
+from jaxcept.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """Executes plans in the order in which they are submitted."""
+
+    def submit(self, plan: StepPlan) -> None:
+        """Starts a step; need not wait for it."""
+        ...
+
+    def collect(self) -> StepResult:
+        """Waits for the oldest step that was submitted and not collected."""
+        ...
+
+
+class EngineDeadError(RuntimeError):
+    """The device failed: this engine will not work again."""
+
+
+class Engine:
+    """One scheduler and one runner, in one thread.
+
+    `pipeline_depth` steps stay submitted while the next one is planned: 0 waits for every step, 1 keeps the device
+    busy while the host reads the last tokens.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, clock: Clock, ledger: Ledger, pipeline_depth: int = 1
+    ) -> None:
+        if pipeline_depth < 0:
+            raise ValueError(f"pipeline_depth={pipeline_depth}: expected 0 or more")
+        self.scheduler = scheduler
+        self.runner = runner
+        self.clock = clock
+        self.ledger = ledger
+        self.pipeline_depth = pipeline_depth
+        self._in_flight: deque[tuple[StepPlan, float]] = deque()  # with the time of submission
+        self._last_collect = 0.0
+        self._failure: BaseException | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` can make progress: not while every sequence waits for a tool, or there is none."""
+        scheduler = self.scheduler
+        return bool(self._in_flight) or scheduler.num_unfinished > scheduler.num_intercepted or scheduler.has_events
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the device failed."""
+        return self._failure is not None
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps submitted and not collected."""
+        return len(self._in_flight)
+
+    def add(self, request: Request) -> tuple[int, ...]:
+        """Queues a request; returns the seq_ids of its completions. ValueError where it can never be served."""
+        self._require_alive()
+        return self.scheduler.add(request, self.clock.now())
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request in whatever state; whether there was one. Its events come with the next step."""
+        return self.end(request_id, FinishReason.ABORT)
+
+    def end(self, target: int | str, reason: FinishReason) -> bool:
+        """Ends a sequence (seq_id) or a request (request_id) for a reason of the caller's."""
+        now = self.clock.now()
+        found = self.scheduler.end(target, now, reason)
+        self._observe(now)
+        return found
+
+    def resume(self, target: int | str, token_ids: Sequence[int]) -> None:
+        """A tool's answer for an intercepted sequence. StateError or ValueError as Scheduler.resume says."""
+        self._require_alive()
+        now = self.clock.now()
+        self.scheduler.resume(target, token_ids, now)
+        self._observe(now)
+
+    def fail(self, target: int | str, token_ids: Sequence[int] | None = None) -> None:
+        """A tool failed. StateError or ValueError as Scheduler.fail says."""
+        self._require_alive()
+        now = self.clock.now()
+        self.scheduler.fail(target, now, token_ids)
+        self._observe(now)
+
+    def room(self, target: int | str) -> int:
+        """Most ids that `resume` takes for an intercepted sequence."""
+        return self.scheduler.room(target)
+
+    def next_deadline(self) -> float | None:
+        """When the next interception times out, seconds of the clock: `step` must be called by then."""
+        return self.scheduler.next_deadline()
+
+    def step(self) -> list[Event]:
+        """Plans and submits a step, collects the oldest one where enough are in flight; returns what happened.
+
+        A failing runner ends every sequence with reason "error"; later calls raise EngineDeadError.
+        """
+        self._require_alive()
+        now = self.clock.now()
+        plan = self.scheduler.schedule(now)
+        self._observe(now)
+        try:
+            if plan is not None:
+                self.runner.submit(plan)
+                self._in_flight.append((plan, now))
+            if not self._in_flight or (plan is not None and len(self._in_flight) <= self.pipeline_depth):
+                return self.scheduler.drain()
+            result = self.runner.collect()
+        except Exception as error:
+            return self._die(error)
+        plan, submitted = self._in_flight.popleft()
+        now = self.clock.now()
+        self._charge(plan, submitted, now)
+        events = self.scheduler.update(plan, result, now)
+        self._observe(now)
+        return events
+
+    def _observe(self, now: float) -> None:
+        self.ledger.observe(now, self.scheduler.num_held_blocks, self.scheduler.num_idle_blocks)
+
+    def _charge(self, plan: StepPlan, submitted: float, now: float) -> None:
+        seconds = now - max(submitted, self._last_collect)  # a step starts once the one before it is done
+        self._last_collect = now
+        num_recomputed = sum([chunk.num_recomputed for chunk in plan.chunks])
+        self.ledger.charge_step(seconds, plan.num_tokens, num_recomputed)
+
+    def _die(self, error: Exception) -> list[Event]:
+        logger.error("the runner failed: every sequence ends", exc_info=error)
+        self._failure = error
+        self._in_flight.clear()
+        self.scheduler.end_all(self.clock.now(), FinishReason.ERROR)
+        return self.scheduler.drain()
+
+    def _require_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineDeadError(f"the engine is dead: its runner failed with {self._failure!r}") from self._failure

@@ -1,0 +1,146 @@
+"""Who is where: the queues, the rows, and the moves of a sequence between its states."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from heapq import heapify, heappop, heappush
+from operator import attrgetter
+
+from jaxcept.scheduler.config import SchedulerConfig
+from jaxcept.scheduler.counters import Counters
+from jaxcept.scheduler.events import Event
+from jaxcept.scheduler.sequence import Family, SeqState, Sequence
+
+_KEY = attrgetter("key")
+
+
+class ArrivalQueue:
+    """Sequences in order of their original arrival, ties by seq_id; `version` grows with every change."""
+
+    def __init__(self) -> None:
+        self.items: list[Sequence] = []
+        self.version = 0
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self.items)
+
+    def add(self, seq: Sequence) -> None:
+        """Puts a sequence in its place."""
+        insort(self.items, seq, key=_KEY)
+        self.version += 1
+
+    def remove(self, seq: Sequence) -> None:
+        """Takes a sequence out; it must be there."""
+        index = self.before(seq)
+        assert index < len(self.items) and self.items[index] is seq, f"sequence {seq.seq_id} is not in the queue"
+        del self.items[index]
+        self.version += 1
+
+    def before(self, seq: Sequence) -> int:
+        """How many of the queue arrived before the sequence."""
+        return bisect_left(self.items, seq.key, key=_KEY)
+
+    @property
+    def last(self) -> Sequence | None:
+        """The latest arrival."""
+        return self.items[-1] if self.items else None
+
+
+class Book:
+    """Every unfinished sequence, in the one place that its state says, and what happened that nobody was told of yet.
+
+    RUNNING sequences hold a row each: in `prefilling` while known tokens are left to compute, then in `decoding`.
+    `holders` are the sequences that hold blocks without a row: INTERCEPTED ones, and WAITING ones that came back.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.counters = Counters()
+        self.events: list[Event] = []
+        self.families: dict[str, Family] = {}
+        self.sequences: dict[int, Sequence] = {}
+        self.waiting = ArrivalQueue()
+        self.prefilling = ArrivalQueue()
+        self.decoding = ArrivalQueue()
+        self.intercepted: dict[int, Sequence] = {}
+        self.holders: dict[int, Sequence] = {}
+        self.free_rows = list(range(config.max_num_seqs))
+        heapify(self.free_rows)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences with a row."""
+        return len(self.prefilling) + len(self.decoding)
+
+    @property
+    def latest_running(self) -> Sequence | None:
+        """The RUNNING sequence that arrived last."""
+        prefilling, decoding = self.prefilling.last, self.decoding.last
+        if prefilling is None or decoding is None:
+            return prefilling or decoding
+        return max(prefilling, decoding, key=_KEY)
+
+    def latest_holder(self, but: Sequence | None = None) -> Sequence | None:
+        """The sequence without a row that holds blocks and arrived last, other than `but`."""
+        return max((seq for seq in self.holders.values() if seq is not but), key=_KEY, default=None)
+
+    def admit(self, seq: Sequence) -> None:
+        """An unknown sequence → WAITING."""
+        self.sequences[seq.seq_id] = seq
+        self.waiting.add(seq)
+
+    def wait(self, seq: Sequence) -> None:
+        """RUNNING or INTERCEPTED → WAITING."""
+        self._leave(seq)
+        seq.state = SeqState.WAITING
+        self.waiting.add(seq)
+
+    def run(self, seq: Sequence) -> int:
+        """WAITING → RUNNING with the lowest free row, which is returned."""
+        self._leave(seq)
+        self.holders.pop(seq.seq_id, None)
+        seq.state = SeqState.RUNNING
+        seq.row = heappop(self.free_rows)
+        self.prefilling.add(seq)
+        return seq.row
+
+    def decode(self, seq: Sequence) -> None:
+        """RUNNING: all known tokens are computed, from here on the sequence decodes."""
+        self.prefilling.remove(seq)
+        seq.is_decoding = True
+        self.decoding.add(seq)
+
+    def intercept(self, seq: Sequence) -> None:
+        """RUNNING, or WAITING after a preemption → INTERCEPTED."""
+        self._leave(seq)
+        seq.state = SeqState.INTERCEPTED
+        self.intercepted[seq.seq_id] = seq
+        if seq.blocks:
+            self.holders[seq.seq_id] = seq
+
+    def finish(self, seq: Sequence) -> None:
+        """Any state → FINISHED; the sequence must hold no blocks."""
+        assert not seq.blocks, f"sequence {seq.seq_id} finishes with blocks"
+        self._leave(seq)
+        self.holders.pop(seq.seq_id, None)
+        seq.state = SeqState.FINISHED
+        del self.sequences[seq.seq_id]
+        seq.family.sequences.remove(seq)
+        if not seq.family.sequences:
+            del self.families[seq.request.request_id]
+
+    def _leave(self, seq: Sequence) -> None:
+        if seq.state is SeqState.RUNNING:
+            (self.decoding if seq.is_decoding else self.prefilling).remove(seq)
+            assert seq.row is not None
+            heappush(self.free_rows, seq.row)
+            seq.row = None
+            seq.is_decoding = False
+        elif seq.state is SeqState.WAITING:
+            self.waiting.remove(seq)
+        else:
+            del self.intercepted[seq.seq_id]

@@ -1,0 +1,113 @@
+"""Every invariant of the scheduler, stated whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from jaxcept.scheduler.book import ArrivalQueue, Book
+from jaxcept.scheduler.memory import ContextMemory
+from jaxcept.scheduler.planner import Flight
+from jaxcept.scheduler.prefix import block_digest
+from jaxcept.scheduler.sequence import SeqState, Sequence
+
+
+def check_all(book: Book, memory: ContextMemory, flights: Iterable[Flight]) -> None:
+    """AssertionError, with what is wrong, unless everything adds up."""
+    _check_places(book)
+    _check_rows(book)
+    memory.pool.check([seq.blocks for seq in book.sequences.values()])
+    flights = list(flights)
+    for seq in book.sequences.values():
+        _check_counts(seq, memory)
+        _check_pending(seq, flights)
+        _check_writable(seq, memory)
+    _check_digests(book, memory)
+    assert not memory.moves, "block moves are planned and in no plan"
+
+
+def _check_places(book: Book) -> None:
+    for queue in (book.waiting, book.prefilling, book.decoding):
+        _check_queue(queue)
+    expected = {
+        SeqState.WAITING: set(book.waiting),
+        SeqState.RUNNING: {*book.prefilling, *book.decoding},
+        SeqState.INTERCEPTED: set(book.intercepted.values()),
+    }
+    places = [*book.waiting, *book.prefilling, *book.decoding, *book.intercepted.values()]
+    assert len(set(places)) == len(places), "a sequence is in two places"
+    assert set(places) == set(book.sequences.values()), "a sequence is in no place, or a finished one in some"
+    for seq_id, seq in book.sequences.items():
+        assert seq.seq_id == seq_id and seq in expected[seq.state], f"sequence {seq_id} is {seq.state} elsewhere"
+        assert seq.is_decoding == (seq in set(book.decoding)), f"sequence {seq_id}: is_decoding is wrong"
+        assert (seq.state is SeqState.INTERCEPTED) <= (seq.opened is not None), f"sequence {seq_id} has no record"
+        assert seq.family is book.families.get(seq.request.request_id), f"sequence {seq_id} has no family"
+        idle = seq.state is not SeqState.RUNNING and bool(seq.blocks)
+        assert idle == (seq_id in book.holders), f"sequence {seq_id}: holders disagree"
+    assert set(book.holders) <= set(book.sequences), "a finished sequence holds"
+    members = [seq for family in book.families.values() for seq in family.sequences]
+    assert set(members) == set(places) and len(members) == len(places), "families and sequences disagree"
+
+
+def _check_queue(queue: ArrivalQueue) -> None:
+    keys = [seq.key for seq in queue]
+    assert keys == sorted(keys), f"a queue is out of order: {keys}"
+
+
+def _check_rows(book: Book) -> None:
+    rows = [seq.row for seq in (*book.prefilling, *book.decoding)]
+    assert None not in rows, "a running sequence has no row"
+    assert sorted([*book.free_rows, *(row for row in rows if row is not None)]) == list(
+        range(book.config.max_num_seqs)
+    ), "rows are lost or given out twice"
+    for seq in (*book.waiting, *book.intercepted.values()):
+        assert seq.row is None, f"sequence {seq.seq_id} is {seq.state} and has a row"
+
+
+def _check_counts(seq: Sequence, memory: ContextMemory) -> None:
+    name, size = f"sequence {seq.seq_id}", memory.block_size
+    num_tokens = len(seq.token_ids) + seq.num_pending
+    assert 0 <= seq.num_computed <= len(seq.blocks) * size, f"{name}: KV outside its blocks"
+    assert seq.num_computed <= num_tokens, f"{name}: more computed than there is"
+    assert seq.num_registered * size <= seq.num_computed, f"{name}: registered what is not computed"
+    assert num_tokens <= memory.config.max_len, f"{name}: {num_tokens} tokens"
+    assert len(seq.blocks) <= memory.config.blocks_for(num_tokens), f"{name}: holds blocks that it has no tokens for"
+    if seq.is_decoding:
+        assert seq.num_computed + 1 == num_tokens, (
+            f"{name}: decodes but {seq.num_computed} of {num_tokens} are computed"
+        )
+        assert seq.attention == min(len(seq.blocks) * size, seq.last_position), f"{name}: attention is wrong"
+    elif seq.state is SeqState.RUNNING:
+        assert seq.num_computed < len(seq.token_ids) and not seq.num_pending, f"{name}: has nothing to prefill"
+    outputs = sum(stop - start for start, stop in seq.output_spans)
+    assert outputs == seq.num_output, f"{name}: output spans and counts disagree"
+    assert seq.num_returned == sum(record.num_returned for record in seq.interceptions) + (
+        seq.opened.num_returned if seq.opened is not None else 0
+    ), f"{name}: returned ids and records disagree"
+
+
+def _check_pending(seq: Sequence, flights: list[Flight]) -> None:
+    drawn = sum(seq in flight.seqs and seq.seq_id not in flight.dropped for flight in flights)
+    assert drawn == seq.num_pending, f"sequence {seq.seq_id}: {drawn} draws in flight, {seq.num_pending} pending"
+    assert not (seq.num_pending and seq.state is SeqState.INTERCEPTED), f"sequence {seq.seq_id} draws while intercepted"
+
+
+def _check_writable(seq: Sequence, memory: ContextMemory) -> None:
+    if seq.state is SeqState.RUNNING:
+        assert memory.is_writable(seq), f"sequence {seq.seq_id} would write into a block of somebody else's"
+        start = seq.num_computed // memory.block_size
+        for block in seq.blocks[start:]:
+            assert memory.pool.refs[block] == 1, f"sequence {seq.seq_id}: block {block} is to be written and is shared"
+
+
+def _check_digests(book: Book, memory: ContextMemory) -> None:
+    """What a sequence registered is named by its own tokens and salt."""
+    for seq in book.sequences.values():
+        parent = seq.family.root
+        for index, digest in enumerate(seq.digests):
+            start = index * memory.block_size
+            parent = block_digest(parent, seq.token_ids[start : start + memory.block_size])
+            assert digest == parent, f"sequence {seq.seq_id}: the digest of block {index} is stale"
+        if memory.config.enable_prefix_caching:
+            for index in range(seq.num_registered):
+                found = memory.pool.find(seq.digest(index, memory.block_size))
+                assert found is not None, f"sequence {seq.seq_id}: block {index} is held and not registered"

@@ -1,0 +1,47 @@
+"""The limits that a scheduler keeps to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Sizes of the pool and of a step. A ValueError names the field that is wrong.
+
+    `watermark` is the share of the pool that admission leaves free for running sequences to grow into, so that what
+    is admitted is not preempted at once; it does not bind while nothing runs.
+    """
+
+    num_blocks: int
+    block_size: int = 16
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512  # the token budget of a step
+    max_model_len: int = 2048
+    vocab_size: int | None = None  # where given, ids outside the vocabulary are refused
+    enable_prefix_caching: bool = True
+    watermark: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected an integer of 1 or more")
+        if self.max_model_len < 2:
+            raise ValueError(f"max_model_len={self.max_model_len}: expected room for a prompt and one more token")
+        if not 0 <= self.watermark < 1:
+            raise ValueError(f"watermark={self.watermark!r}: expected a share of the pool, 0 to below 1")
+
+    @property
+    def max_len(self) -> int:
+        """Most tokens that a sequence may have: the model's limit, or what the pool holds if that is less."""
+        return min(self.max_model_len, self.num_blocks * self.block_size)
+
+    @property
+    def watermark_blocks(self) -> int:
+        """Blocks that admission leaves free."""
+        return int(self.watermark * self.num_blocks)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold the KV of this many tokens."""
+        return -(-num_tokens // self.block_size)

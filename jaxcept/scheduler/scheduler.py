@@ -1,0 +1,287 @@
+"""Continuous batching in which a sequence may stop for a tool and go on.
+
+The scheduler is pure: time is an argument, and the same calls give the same plans. `schedule` may run ahead of `update`
+by any number of steps: a token that was drawn and not collected yet is pending, and a sequence that ended meanwhile
+leaves a stale token behind, which is dropped. The device executes plans in order, so a freed block or row may be given
+out again at once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence as Seq
+
+from jaxcept.scheduler.book import Book
+from jaxcept.scheduler.border import StateError, check_ids, check_prompt
+from jaxcept.scheduler.check import check_all
+from jaxcept.scheduler.config import SchedulerConfig
+from jaxcept.scheduler.counters import Counters
+from jaxcept.scheduler.events import Event, FinishReason, PromptLogprobs, Tokens
+from jaxcept.scheduler.interception import Outcome
+from jaxcept.scheduler.lifecycle import Lifecycle
+from jaxcept.scheduler.memory import ContextMemory
+from jaxcept.scheduler.params import OnToolFailure
+from jaxcept.scheduler.plan import StepPlan, StepResult, TokenLogprobs
+from jaxcept.scheduler.planner import Flight, Planner
+from jaxcept.scheduler.policy import BatchView, InterceptedView, Policy
+from jaxcept.scheduler.request import Request
+from jaxcept.scheduler.sequence import Family, SeqState, Sequence
+
+__all__ = ["Scheduler", "StateError"]
+
+
+class Scheduler:
+    """Requests in, plans out, results in, events out. Not thread-safe: one thread calls it."""
+
+    def __init__(self, config: SchedulerConfig, policy: Policy) -> None:
+        self.config = config
+        self.policy = policy
+        self.memory = ContextMemory(config)
+        self._book = Book(config)
+        self._flights: deque[Flight] = deque()
+        self._planner = Planner(self._book, self.memory)
+        self._lifecycle = Lifecycle(self._book, self.memory, self._flights)
+        self._next_seq_id = 0
+        self._next_step_id = 0
+
+    # What a client does.
+
+    def add(self, request: Request, now: float) -> tuple[int, ...]:
+        """Queues a request and returns the seq_ids of its params.n completions.
+
+        Raises ValueError where it can never be served, naming the field.
+        """
+        if request.request_id in self._book.families:
+            raise ValueError(f"request_id={request.request_id!r}: expected one that no unfinished request has")
+        check_prompt(request.prompt_ids, self.config)
+        family = Family(request)
+        arrival = now if request.arrival is None else request.arrival
+        for index in range(request.params.n):
+            family.sequences.append(Sequence(self._next_seq_id, index, family, arrival, self.config.max_len))
+            self._next_seq_id += 1
+        self._book.families[request.request_id] = family
+        for seq in family.sequences:
+            self._book.admit(seq)
+        return tuple(seq.seq_id for seq in family.sequences)
+
+    def abort(self, request_id: str, now: float) -> bool:
+        """Ends all sequences of a request, in whatever state; whether there were any."""
+        return self.end(request_id, now, FinishReason.ABORT)
+
+    def end(self, target: int | str, now: float, reason: FinishReason) -> bool:
+        """Ends a sequence (seq_id) or all of a request (request_id) for a reason of the caller's."""
+        if isinstance(target, str):
+            family = self._book.families.get(target)
+            seqs = list(family.sequences) if family is not None else []
+        else:
+            seqs = [self._book.sequences[target]] if target in self._book.sequences else []
+        for seq in seqs:
+            self._lifecycle.finish(seq, reason, now)
+        return bool(seqs)
+
+    def end_all(self, now: float, reason: FinishReason) -> None:
+        """Ends everything and forgets the steps in flight: for an engine whose device is gone."""
+        for seq in list(self._book.sequences.values()):
+            self._lifecycle.finish(seq, reason, now)
+        self._flights.clear()
+
+    def resume(self, target: int | str, token_ids: Seq[int], now: float) -> None:
+        """A tool's answer: the intercepted sequence goes on with exactly its own ids and these; none at all are fine.
+
+        `target` is a seq_id, or the request_id where one of its sequences is intercepted. Raises StateError where
+        nothing is intercepted, ValueError where the ids are more than `room` allows.
+        """
+        seq = self._lifecycle.intercepted(target)
+        self._lifecycle.give_back(seq, self._checked_return(seq, token_ids), Outcome.RETURNED, now)
+
+    def fail(self, target: int | str, now: float, token_ids: Seq[int] | None = None) -> None:
+        """A tool failed: by the request's `on_failure` the model is told, or the sequence ends.
+
+        `token_ids` say what the model is told; by default the request's failure_ids. Raises like `resume`.
+        """
+        seq = self._lifecycle.intercepted(target)
+        if token_ids is not None and seq.request.intercept.on_failure is OnToolFailure.TELL:
+            self._lifecycle.give_back(seq, self._checked_return(seq, token_ids), Outcome.FAILED, now)
+        else:
+            self._lifecycle.fail(seq, Outcome.FAILED, FinishReason.TOOL_FAILED, now)
+
+    def room(self, target: int | str) -> int:
+        """Most ids that `resume` takes for an intercepted sequence. Raises StateError where nothing is intercepted."""
+        return self._lifecycle.room(self._lifecycle.intercepted(target))
+
+    def _checked_return(self, seq: Sequence, token_ids: Seq[int]) -> tuple[int, ...]:
+        ids, room = tuple(token_ids), self._lifecycle.room(seq)
+        check_ids("token_ids", ids, self.config)
+        if len(ids) > room:
+            raise ValueError(
+                f"token_ids has {len(ids)} ids: expected at most {room}, for sequence {seq.seq_id} has"
+                f" {len(seq.token_ids)} tokens (max_model_len={self.config.max_len}), {seq.num_returned} of them"
+                f" returned (max_returned_tokens={seq.request.intercept.max_returned_tokens}); shorten the answer"
+            )
+        return ids
+
+    # What the engine does.
+
+    def expire(self, now: float) -> None:
+        """Ends the interceptions whose time is up; `schedule` does so first."""
+        self._lifecycle.expire(now)
+
+    def next_deadline(self) -> float | None:
+        """When the next interception times out, seconds; None where none is open."""
+        return self._lifecycle.next_deadline()
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """The next step, or None where nothing can be computed until a result, an answer or a request comes in."""
+        self._lifecycle.expire(now)
+        self._place_contexts(now)
+        planned = self._planner.plan(self._next_step_id, now)
+        if planned is None:
+            return None
+        plan, flight = planned
+        self._next_step_id += 1
+        self._flights.append(flight)
+        return plan
+
+    def update(self, plan: StepPlan, result: StepResult, now: float) -> list[Event]:
+        """Takes the result of the oldest plan in flight; returns all events since the last call."""
+        flight = self._flights.popleft()
+        assert flight.step_id == plan.step_id == result.step_id, (
+            f"results out of order: step {flight.step_id} is due, got {result.step_id} for plan {plan.step_id}"
+        )
+        assert len(result.token_ids) == len(flight.seqs), f"{len(result.token_ids)} tokens for {len(flight.seqs)} draws"
+        if result.prompt_logprobs:
+            self._take_prompt_logprobs(plan, result)
+        for seq in flight.seqs[flight.num_decodes :]:
+            if seq.first_token_at is None:
+                seq.first_token_at = now
+        seqs, seq_ids, token_ids = flight.seqs, flight.seq_ids, result.token_ids
+        if flight.dropped:
+            live = [i for i, seq_id in enumerate(seq_ids) if seq_id not in flight.dropped]
+            self.counters.stale_tokens += len(seqs) - len(live)
+            seqs = [seqs[i] for i in live]
+            seq_ids = tuple([seq_ids[i] for i in live])
+            token_ids = tuple([token_ids[i] for i in live])
+        if seqs:
+            logprobs = _logprobs_by_seq(flight, result) if result.logprobs else {}
+            self._book.events.append(Tokens(plan.step_id, seq_ids, token_ids, logprobs, now))
+            self.counters.generated_tokens += len(seqs)
+            self._append(seqs, token_ids, now)
+        return self.drain()
+
+    def drain(self) -> list[Event]:
+        """What happened since the last call of `drain` or `update`."""
+        events = self._book.events[:]
+        self._book.events.clear()
+        return events
+
+    @property
+    def has_events(self) -> bool:
+        """Whether `drain` has something to say."""
+        return bool(self._book.events)
+
+    def check(self) -> None:
+        """Asserts every invariant whole; for tests, it takes time in proportion to everything there is."""
+        check_all(self._book, self.memory, self._flights)
+
+    def _append(self, seqs: list[Sequence], token_ids: tuple[int, ...], now: float) -> None:
+        """The hot loop: a sequence is judged only where the token or its place is special, or a watcher reads it."""
+        for seq, token_id in zip(seqs, token_ids, strict=True):
+            seq.num_pending -= 1
+            known = seq.token_ids
+            known.append(token_id)
+            if len(known) >= seq.stop_len or token_id in seq.special_ids or seq.watcher is not None:
+                self._lifecycle.rule(seq, token_id, now)
+
+    def _take_prompt_logprobs(self, plan: StepPlan, result: StepResult) -> None:
+        for index, entries in sorted(result.prompt_logprobs.items()):
+            chunk = plan.chunks[index]
+            seq = self._book.sequences.get(chunk.seq_id)
+            if seq is None or seq.family.prompt_logprobs_sent:
+                continue
+            family, have = seq.family, len(seq.family.prompt_logprobs)
+            if chunk.start <= have:  # a chunk computed again after a preemption brings what is there already
+                family.prompt_logprobs.extend(entries[have - chunk.start :])
+            if len(family.prompt_logprobs) >= seq.num_prompt - 1:
+                family.prompt_logprobs_sent = True
+                whole = tuple(family.prompt_logprobs[: seq.num_prompt - 1])
+                self._book.events.append(PromptLogprobs(family.request.request_id, whole))
+
+    def _place_contexts(self, now: float) -> None:
+        """Asks the policy where the contexts of intercepted sequences live."""
+        seqs = [seq for seq in self._book.holders.values() if seq.state is SeqState.INTERCEPTED]
+        if not seqs:
+            return
+        running = (*self._book.prefilling, *self._book.decoding)
+        batch = BatchView(
+            now=now,
+            block_size=self.config.block_size,
+            num_blocks=self.config.num_blocks,
+            num_available_blocks=self.memory.pool.num_available,
+            num_running=len(running),
+            running_tokens=sum([seq.num_computed for seq in running]),
+            num_waiting=len(self._book.waiting),
+        )
+        placements = self.policy.place([self._view(seq, now) for seq in seqs], batch)
+        for seq, placement in zip(seqs, placements, strict=True):
+            assert placement.keep >= 0, f"policy {self.policy.name} keeps {placement.keep} blocks of a context"
+            if placement.keep < len(seq.blocks):
+                self._planner.shrink(seq, placement.keep)
+
+    def _view(self, seq: Sequence, now: float) -> InterceptedView:
+        opened = seq.opened
+        assert opened is not None, f"sequence {seq.seq_id} is intercepted without a record"
+        return InterceptedView(
+            seq_id=seq.seq_id,
+            arrival=seq.arrival,
+            tool=opened.tool,
+            since=opened.started_at,
+            elapsed=now - opened.started_at,
+            num_tokens=len(seq.token_ids),
+            num_computed=seq.num_computed,
+            num_blocks=len(seq.blocks),
+            num_exclusive_blocks=self.memory.pool.num_exclusive(seq.blocks),
+        )
+
+    # What others ask.
+
+    @property
+    def counters(self) -> Counters:
+        """Totals since the start."""
+        return self._book.counters
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold a row."""
+        return self._book.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue."""
+        return len(self._book.waiting)
+
+    @property
+    def num_intercepted(self) -> int:
+        """Sequences that wait for a tool."""
+        return len(self._book.intercepted)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Sequences in any state but FINISHED."""
+        return len(self._book.sequences)
+
+    @property
+    def num_held_blocks(self) -> int:
+        """Blocks that any sequence holds."""
+        return self.memory.pool.num_held
+
+    @property
+    def num_idle_blocks(self) -> int:
+        """Blocks that an intercepted sequence holds and nobody else uses."""
+        holders = self._book.holders.values()
+        seqs = [seq for seq in holders if seq.state is SeqState.INTERCEPTED]
+        return sum([self.memory.pool.num_exclusive(seq.blocks) for seq in seqs])
+
+
+def _logprobs_by_seq(flight: Flight, result: StepResult) -> dict[int, TokenLogprobs]:
+    entries = ((flight.seq_ids[index], entry) for index, entry in result.logprobs.items())
+    return {seq_id: entry for seq_id, entry in entries if seq_id not in flight.dropped}

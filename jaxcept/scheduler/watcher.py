@@ -1,0 +1,34 @@
+"""What reads a sequence's tokens as they come and may stop or intercept it: stop strings, tool calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
+
+
+class Verdict(NamedTuple):
+    """What a watcher wants done with its sequence after the last token."""
+
+    kind: Literal["stop", "intercept"]
+    reason: str  # the stop string that matched, or the tools that are called
+    payload: object | None = None  # handed on in the Intercepted event: the parsed calls, say
+
+
+class Watcher(Protocol):
+    """Reads one sequence. The scheduler calls it; a watcher that raises ends its own sequence alone."""
+
+    def push(self, token_id: int) -> Verdict | None:
+        """The next generated token: every one, in order, once, stop tokens included."""
+        ...
+
+    def end_of_turn(self) -> Verdict | None:
+        """The token pushed last is a stop token: an "intercept" turns the stop into an interception."""
+        ...
+
+    def returned(self, token_ids: Sequence[int]) -> None:
+        """These tokens, which the model did not generate, were appended."""
+        ...
+
+    def finish(self) -> None:
+        """The sequence has ended, for whatever reason; called once."""
+        ...
