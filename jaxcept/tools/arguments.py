@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxcept.tools.schema import has_type, is_listed, json_type_name
+from jaxcept.tools.schema import has_type, is_listed, json_type_name, matches
 
 MAX_DEPTH = 64  # deeper schemas are not looked into: a client's schema may have any depth
 MAX_PROBLEMS = 8
@@ -69,15 +69,22 @@ def _check_choices(
     choices: Sequence[Any], value: Any, path: str, problems: list[str], *, mend: bool, depth: int
 ) -> Any:
     """The first member that fits as it is; where none does, the first that fits once mended."""
+    inside: list[str] = []
     for mend_here in (False, True) if mend else (False,):
         for choice in choices:
             found: list[str] = []
             checked = _check(choice, value, path, found, mend=mend_here, depth=depth + 1)
             if not found:
                 return checked
+            if isinstance(value, Mapping | list | tuple) and _is_kind(choice, value):
+                inside = inside or found  # of the right kind, and wrong further in: that is what helps
     expected = " or ".join(_expected(choice, _type_names(choice)) for choice in choices if isinstance(choice, Mapping))
-    problems.append(f"argument {path!r}: expected {expected}, got {_shown(value)}")
+    problems += inside or [f"argument {path!r}: expected {expected}, got {_shown(value)}"]
     return value
+
+
+def _is_kind(choice: Any, value: Any) -> bool:
+    return isinstance(choice, Mapping) and "anyOf" not in choice and matches(choice, value)
 
 
 def _check_object(

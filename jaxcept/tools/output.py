@@ -15,7 +15,7 @@ def output_text(value: Any, max_chars: int = MAX_OUTPUT_CHARS) -> str:
     """A tool's return value as text: strings as they are, bytes as UTF-8, the rest (None too) as compact JSON.
 
     Invalid UTF-8 and lone surrogates become U+FFFD; what JSON cannot hold becomes its str(). Text over `max_chars` is
-    cut, with a note that says so.
+    cut, with a note that says so. Raises RecursionError on a value nested too deeply to be shown.
     """
     if isinstance(value, bytes | bytearray | memoryview):
         # Four bytes hold at least one character: what is dropped here would be cut below in any case.

@@ -144,7 +144,14 @@ def _dataclass(hint: Any) -> tuple[Schema, Convert]:
 
 def _typed_dict(hint: Any) -> tuple[Schema, Convert]:
     hints = typing.get_type_hints(hint)
-    schema, converts = _object(hints, [name for name in hints if name in hint.__required_keys__])
+    # Where annotations are strings, __required_keys__ does not know of NotRequired inside of them.
+    marks = {name: get_origin(mark) for name, mark in typing.get_type_hints(hint, include_extras=True).items()}
+    required = [
+        name
+        for name in hints
+        if marks[name] is typing.Required or (marks[name] is not typing.NotRequired and name in hint.__required_keys__)
+    ]
+    schema, converts = _object(hints, required)
     return schema, lambda value: {name: converts[name](item) for name, item in value.items()}
 
 
