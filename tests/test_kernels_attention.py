@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kernel_batches import Batch, attention_in_float64, make_batch, written_pool
 
 from jaxcept_kernels.attention import Implementation, paged_attention, write_kv
-from jaxcept_kernels.layout import KVLayout, KVPool, make_pool
+from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool, make_pool
 from jaxcept_kernels.library import native_available
 from jaxcept_kernels.reference import TileConfig
 
@@ -174,6 +174,53 @@ def test_the_layer_may_be_traced(implementation: Implementation) -> None:
 
     for got, want in zip(jax.jit(run)(jnp.int32(1)), jax.jit(functools.partial(run, 1))(), strict=True):
         np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+
+
+def cut_batch(batch: Batch, spans: list[tuple[int, int]], entry: int) -> Batch:
+    """The same pool, one entry alone."""
+    first = sum(count for _, count in spans[:entry])
+    rows = slice(first, first + spans[entry][1])
+    meta = AttentionMetadata(
+        batch.meta.positions[rows],
+        batch.meta.slots[rows],
+        jnp.asarray([0, spans[entry][1]], jnp.int32),
+        batch.meta.context_len[entry : entry + 1],
+        batch.meta.block_tables[entry : entry + 1],
+    )
+    return Batch(batch.q[rows], batch.k[rows], batch.v[rows], meta, batch.pool, [])
+
+
+@pytest.mark.skipif(not native_available(), reason="needs the native kernels")
+@pytest.mark.parametrize(("heads", "head_dim"), [(4, 64), (6, 20)])
+def test_native_bits_do_not_depend_on_the_batch(heads: int, head_dim: int) -> None:
+    layout = make_layout(num_blocks=250, head_dim=head_dim)
+    spans = [*MIXED, (1100, 2), (300, 1)]
+    batch = make_batch(np.random.default_rng(11), layout, heads, spans)
+    together, _ = layer_step(batch, layout, 0, Implementation.NATIVE)
+    row = 0
+    for entry, (_, count) in enumerate(spans):
+        alone, _ = layer_step(cut_batch(batch, spans, entry), layout, 0, Implementation.NATIVE)
+        np.testing.assert_array_equal(alone, together[row : row + count])
+        row += count
+
+
+@pytest.mark.skipif(not native_available(), reason="needs the native kernels")
+def test_native_bits_are_those_of_a_prefill_and_of_decodes() -> None:
+    layout = make_layout()
+    batch = make_batch(np.random.default_rng(12), layout, 4, [(0, 300)])
+    whole, pool = layer_step(batch, layout, 0, Implementation.NATIVE)
+    for token in (0, 1, 31, 254, 255, 256, 257, 299):
+        decode = cut_batch(batch, [(0, 300)], 0)._replace(pool=KVPool(jnp.asarray(pool[0]), jnp.asarray(pool[1])))
+        rows = slice(token, token + 1)
+        meta = decode.meta._replace(
+            positions=decode.meta.positions[rows],
+            slots=decode.meta.slots[rows],
+            query_start=jnp.asarray([0, 1], jnp.int32),
+            context_len=jnp.asarray([token + 1], jnp.int32),
+        )
+        decode = decode._replace(q=decode.q[rows], k=decode.k[rows], v=decode.v[rows], meta=meta)
+        alone, _ = layer_step(decode, layout, 0, Implementation.NATIVE)
+        np.testing.assert_array_equal(alone[0], whole[token])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

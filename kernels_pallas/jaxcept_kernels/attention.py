@@ -5,8 +5,11 @@ from __future__ import annotations
 from enum import StrEnum
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
+from jaxcept_kernels.library import native_available
 from jaxcept_kernels.reference import TileConfig, paged_attention_xla, write_kv_xla
 
 
@@ -17,7 +20,7 @@ class Implementation(StrEnum):
     NATIVE = "native"
 
 
-def write_kv(
+def write_kv(  # noqa: PLR0917
     pool: KVPool,
     k: jax.Array,  # [tokens, kv_heads, head_dim]
     v: jax.Array,  # [tokens, kv_heads, head_dim]
@@ -29,9 +32,15 @@ def write_kv(
 ) -> KVPool:
     """The pool with this step's keys and values of one layer in their slots; slots out of range are dropped.
 
-    In place where the pool is donated to the jitted step. `layer` is an int or an int32 scalar.
+    In place where the pool is donated to the jitted step. `layer` is an int or an int32 scalar. NATIVE takes float32
+    on a CPU that has a C++ compiler, and leaves the rest to XLA.
     """
-    return write_kv_xla(pool, k, v, meta, layout, layer)
+    if implementation is Implementation.XLA or not can_run_native(pool.k, k, v):
+        return write_kv_xla(pool, k, v, meta, layout, layer)
+    shapes = [like(part) for part in pool]
+    call = jax.ffi.ffi_call("jaxcept_write_kv", shapes, input_output_aliases={0: 0, 1: 1})
+    parts = call(*pool, k, v, meta.slots, first_row(layout, layer), num_blocks=np.int64(layout.num_blocks))
+    return KVPool(*parts)
 
 
 def paged_attention(
@@ -47,6 +56,28 @@ def paged_attention(
 ) -> jax.Array:
     """Causal attention of each token over its sequence's context in the pool: [tokens, heads, head_dim], q's dtype.
 
-    Padding tokens give zeros. `layer` is an int or an int32 scalar; `tiles` matters to the XLA implementation alone.
+    Padding tokens give zeros. `layer` is an int or an int32 scalar; `tiles` matters to XLA alone. NATIVE takes float32
+    on a CPU that has a C++ compiler, and leaves the rest to XLA; a token's result there is the same bits whatever
+    shares the batch, as a decode and as part of a prefill.
     """
-    return paged_attention_xla(q, pool, meta, layout, layer, scale=scale, tiles=tiles)
+    if implementation is Implementation.XLA or not can_run_native(pool.k, q):
+        return paged_attention_xla(q, pool, meta, layout, layer, scale=scale, tiles=tiles)
+    call = jax.ffi.ffi_call("jaxcept_paged_attention", like(q))
+    batch = (meta.query_start, meta.context_len, meta.block_tables)
+    sizes = {"num_blocks": np.int64(layout.num_blocks), "scale": np.float32(scale)}
+    return call(q, *pool, *batch, first_row(layout, layer), **sizes)
+
+
+def can_run_native(*arrays: jax.Array) -> bool:
+    """Whether the native kernels take these operands."""
+    return all(x.dtype == jnp.float32 for x in arrays) and native_available()
+
+
+def first_row(layout: KVLayout, layer: int | jax.Array) -> jax.Array:
+    """Where a layer's blocks begin in the pool: an int32 scalar."""
+    return jnp.asarray(layer * layout.num_blocks, jnp.int32)
+
+
+def like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an array."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)  # type: ignore[no-untyped-call]

@@ -19,7 +19,14 @@ static inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 static inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 static inline Vec splat(float s) { return _mm512_set1_ps(s); }
 static inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-static inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+static inline __m256 halves(Vec v) {
+  return _mm256_add_ps(_mm512_castps512_ps256(v), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
+}
+static inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+  const __m256 ab = _mm256_hadd_ps(halves(a), halves(b)), cd = _mm256_hadd_ps(halves(c), halves(d));
+  const __m256 all = _mm256_hadd_ps(ab, cd);
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
 
 #elif defined(__AVX2__) && defined(__FMA__)
 
@@ -29,10 +36,9 @@ static inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 static inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 static inline Vec splat(float s) { return _mm256_set1_ps(s); }
 static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
-static inline float sum(Vec v) {
-  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+static inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+  const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 }
 
 #else  // Four lanes through the compiler's vector type: NEON, SSE2, and whatever else it lowers them to.
@@ -48,7 +54,30 @@ static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
 static inline Vec splat(float s) { return Vec{s, s, s, s}; }
 static inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // the build allows contraction
 static inline float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+static inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+  out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+}
 
 #endif
+
+typedef int32_t IntVec __attribute__((vector_size(sizeof(Vec))));
+
+static inline Vec larger(Vec a, Vec b) {
+  const IntVec greater = a > b;
+  return (Vec)(((IntVec)a & greater) | ((IntVec)b & ~greater));
+}
+
+// e^x for x <= 0, to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Taylor to x^7).
+static inline Vec exp_of_negative(Vec x) {
+  x = larger(x, splat(-87.0f));
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to an integer
+  const Vec shifted = fma(x, splat(1.44269504f), magic);
+  const Vec n = shifted - magic;
+  const Vec r = fma(n, splat(-1.42860682e-6f), fma(n, splat(-0.693145751953125f), x));
+  Vec y = splat(1.0f / 5040);
+  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = fma(y, r, splat(c));
+  const IntVec power = ((IntVec)shifted - (IntVec)magic + 127) << 23;
+  return y * (Vec)power;
+}
 
 }  // namespace jaxcept
