@@ -124,7 +124,8 @@ class LayerNorm(nnx.Module):
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
         scale, bias = self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
-        return (normed * scale[None, :] + bias[None, :]).astype(x.dtype)
+        result: jax.Array = (normed * scale[None, :] + bias[None, :]).astype(x.dtype)
+        return result
 
 
 class Attention(nnx.Module):

@@ -61,15 +61,25 @@ def load_safetensors(
     return tuple(arrays)
 
 
+class Draw(NamedTuple):
+    """The normal distribution of a random array's entries."""
+
+    mean: float
+    deviation: float
+
+
 def random_arrays(
-    leaves: Sequence[Leaf], scales: Sequence[float | None], seed: int, progress: Progress | None = None
+    leaves: Sequence[Leaf], draws: Sequence[Draw], seed: int, progress: Progress | None = None
 ) -> tuple[jax.Array, ...]:
-    """The leaves' arrays drawn on the device: normal with the given deviation, or ones where it is None."""
+    """The leaves' arrays drawn on the device from one seed, each from its own stream."""
     key = jax.random.key(seed)
     sizes = [4 * int(np.prod(leaf.shape)) for leaf in leaves]
     arrays = []
-    for i, (leaf, scale) in enumerate(zip(leaves, scales, strict=True)):
-        rows = jnp.ones(leaf.shape) if scale is None else _normal(jax.random.fold_in(key, i), leaf.shape, scale)
+    for i, (leaf, draw) in enumerate(zip(leaves, draws, strict=True)):
+        if draw.deviation == 0:
+            rows = jnp.full(leaf.shape, draw.mean, jnp.float32)
+        else:
+            rows = _normal(jax.random.fold_in(key, i), leaf.shape, draw)
         arrays.append(leaf.finish(rows).block_until_ready())
         if progress is not None:
             progress(sum(sizes[: i + 1]), sum(sizes))
@@ -77,8 +87,8 @@ def random_arrays(
 
 
 @partial(jax.jit, static_argnames="shape")
-def _normal(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
-    return jax.random.normal(key, shape, jnp.float32) * scale
+def _normal(key: jax.Array, shape: tuple[int, ...], draw: Draw) -> jax.Array:
+    return jax.random.normal(key, shape, jnp.float32) * draw.deviation + draw.mean
 
 
 def _common_dtype(leaf: Leaf, tensors: SafetensorsFolder) -> np.dtype[Any]:

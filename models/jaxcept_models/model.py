@@ -19,7 +19,7 @@ from jaxcept_models.config import ModelConfig, read_config
 from jaxcept_models.gptj import GPTJ, gptj_weights
 from jaxcept_models.layers import Bias, Matrix, Scale, TiedTable
 from jaxcept_models.llama import Llama, llama_weights
-from jaxcept_models.loading import Leaf, Progress, load_safetensors, random_arrays
+from jaxcept_models.loading import Draw, Leaf, Progress, load_safetensors, random_arrays
 from jaxcept_models.weight_map import WeightMap
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -114,8 +114,8 @@ def load_model(
     names = [".".join(str(key.key) for key in path) for path, _ in paths]
     leaves = [_leaf(n, v, sources, chosen, implementation) for n, v in zip(names, variables, strict=True)]
     if load_format == "dummy":
-        scales = [_deviation(variable, config) for variable in variables]
-        arrays = random_arrays(leaves, scales, seed, progress)
+        draws = [_draw(variable, config) for variable in variables]
+        arrays = random_arrays(leaves, draws, seed, progress)
     else:
         arrays = load_safetensors(folder, leaves, progress)
     return Model(config, arrays, chosen, implementation, graph, jax.tree.structure(state))
@@ -164,7 +164,7 @@ def _finish(rows: jax.Array, *, touch: Touch, dtype: jnp.dtype) -> jax.Array:
             return pack_weight(rows.T.astype(dtype))
 
 
-def _deviation(variable: nnx.Variable[Any], config: ModelConfig) -> float | None:
+def _draw(variable: nnx.Variable[Any], config: ModelConfig) -> Draw:
     if isinstance(variable, Scale):
-        return None
-    return 0.0 if isinstance(variable, Bias) else config.initializer_range
+        return Draw(1.0, 0.0)
+    return Draw(0.0, 0.0 if isinstance(variable, Bias) else config.initializer_range)

@@ -1,0 +1,172 @@
+"""Configs as they were written over the years, and those that are refused by name."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxcept_models.config import ModelConfig, read_config
+from jaxcept_models.errors import CheckpointError
+from jaxcept_models.rope import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-05,
+    "torch_dtype": "float16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3_SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 8}
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "num_key_value_heads": 8, "max_position_embeddings": 32768}
+
+
+def read(folder: Path, values: dict[str, Any] | str) -> ModelConfig:
+    (folder / "config.json").write_text(values if isinstance(values, str) else json.dumps(values))
+    return read_config(folder)
+
+
+def test_llama2_as_written_before_gqa_and_rope_fields(tmp_path: Path) -> None:
+    config = read(tmp_path, LLAMA)
+    assert (config.num_kv_heads, config.head_dim, config.rope) == (32, 128, RopeConfig(10000.0, 128))
+    assert (config.bos_token_id, config.eos_token_ids, config.norm_eps) == (1, (2,), 1e-5)
+    assert not (
+        config.qkv_bias or config.output_bias or config.mlp_bias or config.qk_norm or config.tie_word_embeddings
+    )
+
+
+def test_rope_reads_alike_from_old_and_new_fields(tmp_path: Path) -> None:
+    old = read(tmp_path, LLAMA | {"rope_theta": 500000.0, "rope_scaling": LLAMA3_SCALING})
+    new = read(tmp_path, LLAMA | {"rope_parameters": LLAMA3_SCALING | {"rope_theta": 500000.0}})
+    assert old == new
+    assert old.rope == RopeConfig(500000.0, 128, scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192))
+
+
+def test_scaled_positions_reach_further(tmp_path: Path) -> None:
+    linear = read(tmp_path, LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0}})
+    assert (linear.rope.scaling, linear.max_position_embeddings) == (LinearScaling(4.0), 16384)
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = read(tmp_path, QWEN2 | {"max_position_embeddings": 32768, "rope_scaling": yarn})
+    assert isinstance(config.rope.scaling, YarnScaling)
+    assert config.max_position_embeddings == 131072
+
+
+def test_gptj(tmp_path: Path) -> None:
+    config = read(
+        tmp_path,
+        {
+            "architectures": ["GPTJForCausalLM"],
+            "n_embd": 4096,
+            "n_head": 16,
+            "n_inner": None,
+            "n_layer": 28,
+            "n_positions": 2048,
+            "rotary_dim": 64,
+            "vocab_size": 50400,
+            "activation_function": "gelu_new",
+            "eos_token_id": 50256,
+        },
+    )
+    assert (config.head_dim, config.intermediate_size, config.mlp_bias) == (256, 16384, True)
+    assert config.rope == RopeConfig(10000.0, 64, interleaved=True)
+
+
+def test_qwen_biases_and_norms(tmp_path: Path) -> None:
+    qwen2 = read(tmp_path, QWEN2)
+    assert (qwen2.qkv_bias, qwen2.output_bias, qwen2.qk_norm, qwen2.head_dim) == (True, False, False, 128)
+    qwen3 = read(tmp_path, QWEN2 | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 64})
+    assert (qwen3.qkv_bias, qwen3.output_bias, qwen3.qk_norm, qwen3.head_dim) == (False, False, True, 64)
+
+
+def test_model_type_stands_in_for_absent_architectures(tmp_path: Path) -> None:
+    assert read(tmp_path, LLAMA | {"architectures": None}).architecture == "LlamaForCausalLM"
+
+
+def test_generation_config_knows_more_ends(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [128001, 128008, 128009]}')
+    assert read(tmp_path, LLAMA).eos_token_ids == (128001, 128008, 128009)
+
+
+@pytest.mark.parametrize(
+    ("values", "positions"),
+    [
+        (MISTRAL | {"sliding_window": 4096}, 4096),
+        (MISTRAL | {"sliding_window": None}, 32768),
+        (MISTRAL | {"sliding_window": 65536}, 32768),
+        (MISTRAL, 4096),  # absent: transformers takes 4096
+        (LLAMA | {"sliding_window": 64}, 4096),  # Llama has none
+        (QWEN2 | {"use_sliding_window": False, "sliding_window": 64}, 4096),
+        (QWEN2 | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 32}, 4096),
+        (QWEN2 | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 28}, 64),
+        (QWEN2 | {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["full_attention"] * 32}, 4096),
+        (QWEN2 | {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"] * 32}, 64),
+    ],
+)
+def test_a_sliding_window_limits_the_context(
+    tmp_path: Path, values: dict[str, Any], positions: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        config = read(tmp_path, values)
+    assert config.max_position_embeddings == positions
+    limited = positions < values["max_position_embeddings"]
+    assert ("contexts are limited" in caplog.text) == limited
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (LLAMA | {"architectures": ["FalconForCausalLM"]}, "FalconForCausalLM is not supported.*Qwen3ForCausalLM"),
+        ({"model_type": "t5"}, "t5 is not supported"),
+        ({}, "none named is not supported"),
+        (LLAMA | {"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported is 'silu'"),
+        (LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported.*llama3"),
+        (LLAMA | {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differ by layer"),
+        (LLAMA | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (LLAMA | {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
+        (LLAMA | {"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor 0.5: expected 1 or more"),
+        (LLAMA | {"rope_scaling": "linear"}, "rope_scaling is 'linear', expected an object"),
+        (LLAMA | {"quantization_config": {"bits": 4}}, "quantized checkpoints are not supported"),
+        (LLAMA | {"hidden_size": None}, "hidden_size is missing"),
+        (LLAMA | {"hidden_size": "4096"}, "hidden_size is '4096', expected an integer"),
+        (LLAMA | {"hidden_size": 4097}, "4097 is not a multiple of its 32 attention heads"),
+        (LLAMA | {"num_key_value_heads": 5}, "num_heads=32: expected a multiple of num_kv_heads=5"),
+        (LLAMA | {"num_hidden_layers": True}, "num_hidden_layers is True, expected an integer"),
+        (LLAMA | {"vocab_size": -1}, "vocab_size=-1: expected 1 or more"),
+        (LLAMA | {"rms_norm_eps": "tiny"}, "rms_norm_eps is 'tiny', expected a finite number"),
+        (LLAMA | {"tie_word_embeddings": 1}, "tie_word_embeddings is 1, expected true or false"),
+        (LLAMA | {"eos_token_id": [2.5]}, "eos_token_id"),
+        ({"architectures": ["GPTJForCausalLM"], "rotary_dim": None}, "rotary_dim is null"),
+        ({"architectures": ["GPTJForCausalLM"], "rotary_dim": 512}, "rotary_dim=512: expected at most head_dim=256"),
+        ({"architectures": ["GPTJForCausalLM"], "activation_function": "relu"}, "supported is 'gelu_new'"),
+        ("[]", "holds a JSON list, expected an object"),
+        ("{", "not readable as JSON"),
+        ("[" * 100000, "not readable as JSON"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(tmp_path: Path, values: dict[str, Any] | str, says: str) -> None:
+    with pytest.raises(CheckpointError, match=says) as error:
+        read(tmp_path, values)
+    assert str(tmp_path / "config.json") in str(error.value)
+
+
+def test_a_folder_without_config(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such file; expected a folder in the Hugging Face layout"):
+        read_config(tmp_path / "absent")
