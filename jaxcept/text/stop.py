@@ -83,8 +83,7 @@ class StopStrings:
                 if count == len(stop):
                     return stop
             matched[i] = count
-            if count > most:
-                most = count
+            most = max(most, count)
         self._most = most
         return None
 
