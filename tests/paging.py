@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcept_kernels.layout import AttentionMetadata, make_pool
+from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool, make_pool
 from jaxcept_models.model import Model
 
 
 @cache
-def _compiled(model: Model) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    return jax.jit(model.forward, static_argnames="layout", donate_argnames="pool"), jax.jit(model.logits)
+def _compiled(model: Model) -> Callable[..., tuple[jax.Array, KVPool]]:
+    def step(
+        weights: tuple[jax.Array, ...], ids: jax.Array, meta: AttentionMetadata, pool: KVPool, layout: KVLayout
+    ) -> tuple[jax.Array, KVPool]:
+        hidden, pool = model.forward(weights, ids, meta, pool, layout)
+        return model.logits(weights, hidden), pool
+
+    return jax.jit(step, static_argnames="layout", donate_argnames="pool")
 
 
 class PagedRun:
@@ -34,7 +39,7 @@ class PagedRun:
         self._tables = blocks.reshape(sequences, per_sequence).astype(np.int32)
         self._lengths = [0] * sequences
         self._pool = make_pool(self._layout)
-        self._forward, self._logits = _compiled(model)
+        self._step = _compiled(model)
 
     def step(self, added: Mapping[int, Sequence[int]]) -> dict[int, np.ndarray]:
         """Logits after each added token, by sequence: [tokens added, vocab] float32."""
@@ -52,8 +57,9 @@ class PagedRun:
             starts.append(row)
         context = [length if added.get(seq) else 0 for seq, length in enumerate(self._lengths)]
         meta = AttentionMetadata(*map(self._int32, (positions, slots, starts, context, self._tables)))
-        hidden, self._pool = self._forward(self.model.weights, self._int32(ids), meta, self._pool, layout=self._layout)
-        logits = np.asarray(self._logits(self.model.weights, hidden))
+        weights, ids = self.model.weights, self._int32(ids)
+        padded, self._pool = self._step(weights, ids, meta, self._pool, layout=self._layout)
+        logits = np.asarray(padded)
         return {seq: logits[starts[seq] : starts[seq + 1]] for seq in added}
 
     def greedy(self, first: int, count: int, seq: int = 0) -> list[int]:

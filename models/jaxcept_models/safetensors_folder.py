@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
@@ -23,7 +23,7 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "BF16": np.dtype(jnp.bfloat16),
 }
 
 Tensor = npt.NDArray[Any]
