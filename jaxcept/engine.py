@@ -86,23 +86,23 @@ class Engine:
         self._observe(now)
         return found
 
-    def resume(self, target: int | str, token_ids: Sequence[int]) -> None:
+    def resume(self, target: int | str, token_ids: Sequence[int], interception: int | None = None) -> None:
         """A tool's answer for an intercepted sequence. StateError or ValueError as Scheduler.resume says."""
         self._require_alive()
         now = self.clock.now()
-        self.scheduler.resume(target, token_ids, now)
+        self.scheduler.resume(target, token_ids, now, interception)
         self._observe(now)
 
-    def fail(self, target: int | str, token_ids: Sequence[int] | None = None) -> None:
+    def fail(self, target: int | str, token_ids: Sequence[int] | None = None, interception: int | None = None) -> None:
         """A tool failed. StateError or ValueError as Scheduler.fail says."""
         self._require_alive()
         now = self.clock.now()
-        self.scheduler.fail(target, now, token_ids)
+        self.scheduler.fail(target, now, token_ids, interception)
         self._observe(now)
 
-    def room(self, target: int | str) -> int:
+    def room(self, target: int | str, interception: int | None = None) -> int:
         """Most ids that `resume` takes for an intercepted sequence."""
-        return self.scheduler.room(target)
+        return self.scheduler.room(target, interception)
 
     def next_deadline(self) -> float | None:
         """When the next interception times out, seconds of the clock: `step` must be called by then."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from jaxcept.scheduler.plan import StepPlan, StepResult, TokenLogprobs
 from jaxcept.scheduler.watcher import Verdict
@@ -20,6 +21,16 @@ VOCAB = 251
 def next_token(ids: Sequence[int], seed: int = 0) -> int:
     """The fake model: sum over positions of (position + 1) * (id + 1), plus the seed."""
     return (sum(i * (token_id + 1) for i, token_id in enumerate(ids, 1)) + seed) % VOCAB
+
+
+class Entry(NamedTuple):
+    """What one row computes in a step."""
+
+    seq_id: int
+    row: int
+    start: int
+    token_ids: tuple[int, ...]
+    samples: bool
 
 
 class FakeRunner:
@@ -63,6 +74,8 @@ class FakeRunner:
 
     def _move(self, plan: StepPlan) -> None:
         size = self.block_size
+        for i, move in enumerate(plan.moves):
+            assert move.src not in [before.dst for before in plan.moves[:i]], "a move needs what another one wrote"
         contents = [self.pool[move.src * size : (move.src + 1) * size] for move in plan.moves]
         for move, content in zip(plan.moves, contents, strict=True):
             self.pool[move.dst * size : (move.dst + 1) * size] = content
@@ -72,13 +85,13 @@ class FakeRunner:
 
     def _compute(self, plan: StepPlan) -> StepResult:
         """Reads of all entries come before the writes of any: no entry may need what another writes in this step."""
-        entries = []
+        entries: list[Entry] = []
         for seq_id, row, position in zip(*plan.decodes, strict=True):
             assert position == len(self.history[row]) - 1, "a decode is not at the token drawn last"
-            entries.append((seq_id, row, position, (self.history[row][position],), True))
+            entries.append(Entry(seq_id, row, position, (self.history[row][position],), True))
         for chunk in plan.chunks:
             assert chunk.token_ids, "an empty chunk"
-            entries.append((chunk.seq_id, chunk.row, chunk.start, chunk.token_ids, chunk.samples))
+            entries.append(Entry(chunk.seq_id, chunk.row, chunk.start, chunk.token_ids, chunk.samples))
         rows = [entry[1] for entry in entries]
         assert len(set(rows)) == len(rows), "a row computes twice in one step"
         seen: list[list[int]] = []
@@ -97,9 +110,7 @@ class FakeRunner:
                 self.pool[slot] = token_id
         return self._draw(plan, entries, seen)
 
-    def _draw(
-        self, plan: StepPlan, entries: list[tuple[int, int, int, tuple[int, ...], bool]], seen: list[list[int]]
-    ) -> StepResult:
+    def _draw(self, plan: StepPlan, entries: list[Entry], seen: list[list[int]]) -> StepResult:
         token_ids: list[int] = []
         logprobs: dict[int, TokenLogprobs] = {}
         for (_, row, _, _, samples), ids in zip(entries, seen, strict=True):

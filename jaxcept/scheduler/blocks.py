@@ -75,9 +75,9 @@ class BlockPool:
             self._digests[block] = digest
             self._by_digest[digest] = block
 
-    def is_registered(self, block: int) -> bool:
-        """Whether the block's content can be found, so that nobody may write into it."""
-        return self._digests[block] is not None
+    def digest(self, block: int) -> bytes | None:
+        """Under which the block's content can be found, so that nobody may write into it; None where it cannot."""
+        return self._digests[block]
 
     def forget(self, block: int) -> None:
         """The content of a held block changes: it can be found no longer."""

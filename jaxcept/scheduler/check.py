@@ -100,14 +100,15 @@ def _check_writable(seq: Sequence, memory: ContextMemory) -> None:
 
 
 def _check_digests(book: Book, memory: ContextMemory) -> None:
-    """What a sequence registered is named by its own tokens and salt."""
+    """Registered blocks are named by the tokens and the salt of whoever holds them."""
     for seq in book.sequences.values():
         parent = seq.family.root
         for index, digest in enumerate(seq.digests):
             start = index * memory.block_size
             parent = block_digest(parent, seq.token_ids[start : start + memory.block_size])
             assert digest == parent, f"sequence {seq.seq_id}: the digest of block {index} is stale"
-        if memory.config.enable_prefix_caching:
-            for index in range(seq.num_registered):
-                found = memory.pool.find(seq.digest(index, memory.block_size))
-                assert found is not None, f"sequence {seq.seq_id}: block {index} is held and not registered"
+        for index, block in enumerate(seq.blocks):
+            found = memory.pool.digest(block)
+            assert found is None or found == seq.digest(index, memory.block_size), (
+                f"sequence {seq.seq_id}: block {index} is registered as something else"
+            )

@@ -66,6 +66,7 @@ class Lifecycle:
     def intercept(self, seq: Sequence, call: Call, now: float) -> None:
         """→ INTERCEPTED. The KV of the trigger counts as computed where a submitted step computes it."""
         self._drop_pending(seq)
+        self._memory.truncate(seq, self._config.blocks_for(seq.num_computed))  # stale tokens may have grown it
         index = seq.num_interceptions
         deadline = now + seq.request.intercept.timeout_s
         seq.opened = OpenInterception(
@@ -140,8 +141,12 @@ class Lifecycle:
         limit = seq.request.intercept.max_returned_tokens
         return max(0, room if limit is None else min(room, limit - seq.num_returned))
 
-    def intercepted(self, target: int | str) -> Sequence:
-        """The intercepted sequence of this seq_id, or the only one of this request_id; else StateError."""
+    def intercepted(self, target: int | str, interception: int | None = None) -> Sequence:
+        """The intercepted sequence of this seq_id, or the only one of this request_id; else StateError.
+
+        Where `interception` is given, it must be the one that is open: an answer that comes after its own interception
+        timed out must not be taken for the answer to the next one.
+        """
         if isinstance(target, int):
             one = self._book.sequences.get(target)
             seqs = [one] if one is not None else []
@@ -156,7 +161,11 @@ class Lifecycle:
         if len(intercepted) != 1:
             states = ", ".join(f"sequence {seq.seq_id} is {seq.state}" for seq in seqs)
             raise StateError(f"{states}: expected one that is intercepted; name it by its seq_id")
-        return intercepted[0]
+        seq = intercepted[0]
+        opened = seq.opened
+        if interception is not None and opened is not None and opened.index != interception:
+            raise StateError(f"sequence {seq.seq_id} is at interception {opened.index}: {interception} is over")
+        return seq
 
     def _drop_pending(self, seq: Sequence) -> None:
         if seq.num_pending:
@@ -164,6 +173,7 @@ class Lifecycle:
                 flight.dropped.add(seq.seq_id)
             seq.num_pending = 0
         seq.num_computed = min(seq.num_computed, len(seq.token_ids))
+        seq.max_computed = min(seq.max_computed, len(seq.token_ids))
 
     def _remember(self, key: int | str, reason: FinishReason) -> None:
         self._ended[key] = reason

@@ -78,7 +78,7 @@ class ContextMemory:
         if index >= len(seq.blocks):
             return True
         block = seq.blocks[index]
-        return self.pool.refs[block] == 1 and not self.pool.is_registered(block)
+        return self.pool.refs[block] == 1 and self.pool.digest(block) is None
 
     def copies_to_write(self, seq: Sequence) -> int:
         """Blocks that `make_writable` will take: 1 where the block of the next token has another holder."""

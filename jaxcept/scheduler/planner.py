@@ -293,6 +293,7 @@ class Planner:
         self._draft.setups.append(self._row_setup(seq, row))
         self._draft.extend_table(seq, 0, tuple(seq.blocks))
         self._add_chunk(seq, size)
+        seq.chunk_start = 0  # what it adopted may be copied by this step's moves: siblings must not copy it yet
         return size
 
     def _need(self, seq: Sequence) -> int:

@@ -85,29 +85,32 @@ class Scheduler:
             self._lifecycle.finish(seq, reason, now)
         self._flights.clear()
 
-    def resume(self, target: int | str, token_ids: Seq[int], now: float) -> None:
+    def resume(self, target: int | str, token_ids: Seq[int], now: float, interception: int | None = None) -> None:
         """A tool's answer: the intercepted sequence goes on with exactly its own ids and these; none at all are fine.
 
-        `target` is a seq_id, or the request_id where one of its sequences is intercepted. Raises StateError where
-        nothing is intercepted, ValueError where the ids are more than `room` allows.
+        `target` is a seq_id, or the request_id where one of its sequences is intercepted; `interception`, where given,
+        the index that the Intercepted event told. Raises StateError where that is not what is intercepted, ValueError
+        where the ids are more than `room` allows.
         """
-        seq = self._lifecycle.intercepted(target)
+        seq = self._lifecycle.intercepted(target, interception)
         self._lifecycle.give_back(seq, self._checked_return(seq, token_ids), Outcome.RETURNED, now)
 
-    def fail(self, target: int | str, now: float, token_ids: Seq[int] | None = None) -> None:
+    def fail(
+        self, target: int | str, now: float, token_ids: Seq[int] | None = None, interception: int | None = None
+    ) -> None:
         """A tool failed: by the request's `on_failure` the model is told, or the sequence ends.
 
         `token_ids` say what the model is told; by default the request's failure_ids. Raises like `resume`.
         """
-        seq = self._lifecycle.intercepted(target)
+        seq = self._lifecycle.intercepted(target, interception)
         if token_ids is not None and seq.request.intercept.on_failure is OnToolFailure.TELL:
             self._lifecycle.give_back(seq, self._checked_return(seq, token_ids), Outcome.FAILED, now)
         else:
             self._lifecycle.fail(seq, Outcome.FAILED, FinishReason.TOOL_FAILED, now)
 
-    def room(self, target: int | str) -> int:
-        """Most ids that `resume` takes for an intercepted sequence. Raises StateError where nothing is intercepted."""
-        return self._lifecycle.room(self._lifecycle.intercepted(target))
+    def room(self, target: int | str, interception: int | None = None) -> int:
+        """Most ids that `resume` takes for an intercepted sequence. Raises StateError as `resume` does."""
+        return self._lifecycle.room(self._lifecycle.intercepted(target, interception))
 
     def _checked_return(self, seq: Sequence, token_ids: Seq[int]) -> tuple[int, ...]:
         ids, room = tuple(token_ids), self._lifecycle.room(seq)

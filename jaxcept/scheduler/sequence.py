@@ -116,7 +116,7 @@ class Sequence:
         self.digests: list[bytes] = []  # of the full blocks, as far as they were needed
         self.num_registered = 0  # blocks whose content the prefix cache was told of
         self.chunk_step = -1  # the last step that computed a chunk of this sequence
-        self.chunk_start = 0  # num_computed before it
+        self.chunk_start = 0  # num_computed before it, 0 if it is the first one since the sequence took its row
 
         self.interceptions: list[Interception] = []
         self.opened: OpenInterception | None = None
@@ -184,7 +184,7 @@ class Sequence:
         self.span_start = len(self.token_ids)
 
     def settled(self, step_id: int) -> int:
-        """Tokens whose KV was computed by steps before step_id."""
+        """Tokens whose KV is in place before step_id runs."""
         return self.chunk_start if self.chunk_step == step_id else self.num_computed
 
     def digest(self, index: int, block_size: int) -> bytes:
