@@ -1,6 +1,7 @@
 """Every test runs under the strictest settings that JAX has, on four virtual CPU devices."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
@@ -12,6 +13,9 @@ from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Engines of equal sizes in different tests compile once.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".cache" / "xla-tests"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 settings.register_profile("jaxcept", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("jaxcept")

@@ -84,7 +84,7 @@ class DeviceRunner:
         max_blocks = -(-config.max_model_len // config.block_size)
         self._shape = BatchShape(config.max_num_seqs, max_blocks, config.block_size, config.num_blocks)
         self._token_buckets = token_buckets(config.max_num_batched_tokens)
-        self._sample_buckets = token_buckets(config.max_num_seqs)
+        self._sample_buckets = {v: sample_buckets(config.max_num_seqs, v) for v in Variant}
         self._builder = BatchBuilder(self._shape, self._token_buckets)
         self._rows = HostRows(config.max_num_seqs, config.max_model_len, model.config.vocab_size)
         self._pool: KVPool = make_pool(self.layout)
@@ -168,8 +168,8 @@ class DeviceRunner:
         jobs: list[tuple[str, Callable[[Any], None], Callable[[], Any]]] = []
         for tokens in reversed(self._token_buckets):
             jobs.append((f"step {tokens}", _keep(self._step, tokens), lambda t=tokens: lower_step(t)))
-        for n in reversed(self._sample_buckets):
-            for variant in Variant:
+        for variant, buckets in self._sample_buckets.items():
+            for n in reversed(buckets):
                 what = f"sample {n} {variant}"
                 jobs.append((what, _keep(self._sample, (n, variant)), lambda n=n, v=variant: lower_sample(n, v)))
         for tokens in reversed(self._token_buckets):
@@ -232,9 +232,10 @@ class DeviceRunner:
         rows = batch.sampling_rows
         if not len(rows):
             return None, None
-        padded = bucket_of(self._sample_buckets, len(rows))
+        variant = self._rows.variant(rows)
+        padded = bucket_of(self._sample_buckets[variant], len(rows))
         packed = self._rows.params(rows, batch.sampling_positions, padded)
-        draw = self._sample[padded, self._rows.variant(rows)]
+        draw = self._sample[padded, variant]
         tokens, self._state, logprobs = draw(self.model.weights, hidden, self._state, packed)
         return tokens, logprobs
 
@@ -274,6 +275,16 @@ class _HostLogprobs:
         chosen, rank, ids, values = (part[index] for part in self._table)
         top = tuple(zip(ids[:count].tolist(), values[:count].tolist(), strict=True))
         return TokenLogprobs(float(chosen), int(rank), top)
+
+
+def sample_buckets(limit: int, variant: Variant) -> tuple[int, ...]:
+    """Padded numbers of draws up to limit. Fewer sizes where a draw takes long to compile: powers of four."""
+    if variant is Variant.GREEDY:
+        return token_buckets(limit)
+    sizes = [1]
+    while sizes[-1] < limit:
+        sizes.append(min(4 * sizes[-1], limit))
+    return tuple(sizes)
 
 
 def _keep(table: dict[Any, Executable], key: Any) -> Callable[[Any], None]:

@@ -1,0 +1,112 @@
+"""Runs the calls of an intercepted sequence outside the engine and turns their results into what it goes on with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxcept.outputs import CallRecord
+from jaxcept.text.chat import ChatTemplate, returned_text
+from jaxcept.text.tokenizer import Tokenizer
+from jaxcept.tools.calls import ToolCall, ToolResult
+from jaxcept.tools.toolbox import Toolbox
+from jaxcept.watcher import ToolTurn
+
+CUT_NOTE = " … (cut to fit)"
+_MAX_CUTS = 8
+
+
+@dataclass(slots=True)
+class OpenTurn:
+    """An open interception by tool calls, and the results so far."""
+
+    interception: int
+    turn: ToolTurn
+    results: list[ToolResult | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.results = [None] * len(self.turn.calls)
+
+    @property
+    def is_complete(self) -> bool:
+        return all(result is not None for result in self.results)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether any call gave an error."""
+        return any(result is not None and result.is_error for result in self.results)
+
+    def records(self) -> tuple[CallRecord, ...]:
+        """The calls that have a result."""
+        return tuple(
+            CallRecord(result.call.name, dict(result.call.arguments), result.text, result.is_error, result.duration_s)
+            for result in self.results
+            if result is not None
+        )
+
+
+def start_calls(
+    turn: ToolTurn, toolbox: Toolbox, timeout_s: float, done: Callable[[int, ToolResult], None]
+) -> None:
+    """Starts every call that this process can answer; `done(i, result)` comes from any thread, once for each."""
+    for i, call in enumerate(turn.calls):
+        if toolbox.is_external(call):
+            continue
+        tool = toolbox.get(call.name)
+        own = tool.timeout_s if tool is not None else None
+        limit = timeout_s if own is None else min(own, timeout_s)
+        toolbox.submit(call, lambda result, i=i: done(i, result), limit)
+
+
+class AnswerEncoder:
+    """Turns results into the ids that continue a sequence; the model's own ids are never encoded again."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+
+    def text(self, text: str) -> list[int]:
+        """Ids of text that is appended as it stands."""
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def results(
+        self,
+        calls: Sequence[Any],
+        results: Sequence[str],
+        *,
+        ended_turn: bool,
+        tools: Sequence[Mapping[str, Any]],
+        room: int,
+    ) -> list[int]:
+        """Ids of the results in the chat template's form, the longest result cut until they fit into `room` ids.
+
+        ValueError where not even empty results fit.
+        """
+        texts = list(results)
+        for _ in range(_MAX_CUTS):
+            ids = self._render(calls, texts, ended_turn, tools)
+            if len(ids) <= room:
+                return ids
+            longest = max(range(len(texts)), key=lambda i: len(texts[i]))
+            own = self.text(texts[longest])
+            keep = len(own) - (len(ids) - room) - len(self.text(CUT_NOTE))
+            if keep <= 0 and len(texts) == 1:
+                break
+            texts[longest] = self._tokenizer.decode(own[: max(keep, 0)]) + CUT_NOTE
+        ids = self._render(calls, [""] * len(texts), ended_turn, tools)
+        if len(ids) > room:
+            raise ValueError(f"the tools' answer needs {len(ids)} tokens: the sequence has room for {room}")
+        return ids
+
+    def _render(
+        self, calls: Sequence[Any], texts: Sequence[str], ended_turn: bool, tools: Sequence[Mapping[str, Any]]
+    ) -> list[int]:
+        if self._template is None:
+            return self.text("\n" + "\n".join(texts) + "\n")
+        return self.text(returned_text(self._template, calls, texts, ended_turn=ended_turn, tools=tools))
+
+
+def probe_call(name: str = "tool") -> ToolCall:
+    """A call that stands for any, for texts that are rendered before a call is made."""
+    return ToolCall("call00000", name, {})

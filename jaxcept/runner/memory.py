@@ -1,0 +1,43 @@
+"""How many blocks the KV pool gets."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+from jaxcept_models.model import Model
+
+CPU_POOL_BYTES = 4 << 30
+CPU_MEMORY_SHARE = 0.25
+
+
+def choose_num_blocks(
+    model: Model, block_size: int, max_num_seqs: int, max_model_len: int, step_tokens: int, memory_utilization: float
+) -> int:
+    """Blocks of a pool that fits the device and is of use.
+
+    On a GPU: `memory_utilization` of its memory, less what is in use and less the largest step's activations. On a
+    CPU: a quarter of the machine's memory, at most 4 GiB. Never more than what twice the longest batch could hold
+    (the other half keeps cached prefixes and waiting contexts). ValueError if not one sequence fits.
+    """
+    per_sequence = -(-max_model_len // block_size)
+    block_bytes = model.kv_layout(1, block_size).block_bytes
+    affordable = _free_bytes(model, step_tokens, memory_utilization) // block_bytes
+    if affordable < per_sequence:
+        raise ValueError(
+            f"max_model_len={max_model_len} needs {per_sequence} blocks of {block_bytes:,} bytes, and memory has room "
+            f"for {affordable}; lower max_model_len, or raise memory_utilization={memory_utilization}"
+        )
+    return int(min(affordable, 2 * max_num_seqs * per_sequence))
+
+
+def _free_bytes(model: Model, step_tokens: int, memory_utilization: float) -> int:
+    device = jax.devices()[0]
+    stats = device.memory_stats()
+    if device.platform == "cpu" or not stats:
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return min(CPU_POOL_BYTES, int(physical * CPU_MEMORY_SHARE))
+    config = model.config
+    widest = 2 * config.intermediate_size + 4 * config.hidden_size
+    activations = step_tokens * (widest * 4 + config.hidden_size * 16) + 3 * 4 * config.vocab_size * step_tokens
+    return int(stats["bytes_limit"] * memory_utilization) - int(stats["bytes_in_use"]) - activations

@@ -1,0 +1,366 @@
+"""Text in, text out: encodes prompts, runs tools outside the engine, resumes sequences with what they returned.
+
+One thread steps a session. Tools answer from threads of their own, and clients may resume or abort from any thread:
+all of them leave a message in the inbox, which the next step reads first.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from jaxcept.answers import AnswerEncoder, OpenTurn, probe_call, start_calls
+from jaxcept.clock import Clock
+from jaxcept.engine import Engine
+from jaxcept.outputs import CompletionOutput, Delta, RequestOutput
+from jaxcept.scheduler.events import Event, Finished, FinishReason, Intercepted, PromptLogprobs, Returned, Tokens
+from jaxcept.scheduler.params import InterceptParams, OnToolFailure, SamplingParams, ScriptedTrigger
+from jaxcept.scheduler.plan import TokenLogprobs
+from jaxcept.scheduler.request import Request
+from jaxcept.scheduler.scheduler import StateError
+from jaxcept.text.tokenizer import Tokenizer
+from jaxcept.tools.calls import ToolCall, ToolResult
+from jaxcept.tools.definition import Tool
+from jaxcept.tools.toolbox import Toolbox
+from jaxcept.transcript import Transcript
+from jaxcept.watcher import CallTrigger, TextWatcher, ToolTurn
+
+logger = logging.getLogger(__name__)
+
+# Tools have timeouts of their own; the engine's comes later and is the way out should a tool's thread be lost.
+TIMEOUT_GRACE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class InterceptOptions:
+    """What stops a sequence for something outside, and the bounds of the stop.
+
+    Tool calls stop it when the model ends its turn ("turn": several calls run side by side) or as soon as one call is
+    complete ("call"). `strings` and `token_ids` stop it too; `handler` then gets the text generated since the last
+    stop and returns the text to go on with; without one, somebody calls `resume`. `script` stops it by count, for
+    traces. `timeout_s` bounds each stop, `max_interceptions` their number, `max_returned_tokens` what all of them may
+    return (longer answers are cut); `on_failure`: "tell" the model what went wrong, or "fail" the completion.
+    """
+
+    trigger: CallTrigger = CallTrigger.TURN
+    strings: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    script: tuple[ScriptedTrigger, ...] = ()
+    handler: Callable[[str], str] | None = None
+    timeout_s: float = 120.0
+    max_interceptions: int = 64
+    max_returned_tokens: int | None = None
+    on_failure: OnToolFailure = OnToolFailure.TELL
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "trigger", CallTrigger(self.trigger))
+        object.__setattr__(self, "on_failure", OnToolFailure(self.on_failure))
+
+
+MakeWatcher = Callable[[SamplingParams, InterceptOptions, bool], TextWatcher]
+
+
+@dataclass(slots=True)
+class _Record:
+    """The text side of one request."""
+
+    request: Request
+    prompt: str | None
+    options: InterceptOptions
+    toolbox: Toolbox | None
+    transcripts: dict[int, Transcript]  # by seq_id, the unfinished ones
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    turns: dict[int, OpenTurn] = field(default_factory=dict)  # by seq_id
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    num_cached: int = 0
+
+
+class Session:
+    """One engine and the text side of its requests."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        answers: AnswerEncoder,
+        make_watcher: MakeWatcher,
+        clock: Clock,
+        seed: int = 0,
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self._answers = answers
+        self._make_watcher = make_watcher
+        self._clock = clock
+        self._seed = seed
+        self._num_added = 0
+        self._records: dict[str, _Record] = {}
+        self._by_seq: dict[int, _Record] = {}
+        self._finished: dict[str, RequestOutput] = {}
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+
+    # From the stepping thread.
+
+    def add(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        toolbox: Toolbox | None = None,
+        options: InterceptOptions | None = None,
+        cache_salt: str = "",
+        add_special_tokens: bool = True,
+    ) -> None:
+        """Queues a request. ValueError on a prompt or parameters that cannot be served; nothing is queued then."""
+        options = options if options is not None else InterceptOptions()
+        text = prompt if isinstance(prompt, str) else None
+        ids = self.tokenizer.encode(prompt, add_special_tokens) if isinstance(prompt, str) else prompt
+        watchers: list[TextWatcher] = []
+
+        def watch(_: int) -> TextWatcher:
+            watchers.append(self._make_watcher(params, options, toolbox is not None))
+            return watchers[-1]
+
+        request = Request(
+            request_id=request_id,
+            prompt_ids=tuple(ids),
+            params=params,
+            intercept=self._intercept_params(options, toolbox is not None),
+            eos_token_ids=tuple(self.tokenizer.stop_token_ids),
+            cache_salt=cache_salt,
+            seed_base=self._seed + self._num_added,
+            watcher=watch,
+            arrival=self._clock.now(),
+        )
+        seq_ids = self.engine.add(request)
+        self._num_added += 1
+        transcripts = {seq_id: Transcript(i, watchers[i]) for i, seq_id in enumerate(seq_ids)}
+        record = _Record(request, text, options, toolbox, transcripts)
+        self._records[request_id] = record
+        self._by_seq |= dict.fromkeys(seq_ids, record)
+
+    def step(self) -> list[Delta]:
+        """Reads the inbox, runs one step of the engine, starts the tools that were called."""
+        while not self._inbox.empty():
+            self._inbox.get_nowait()()
+        deltas: list[Delta] = []
+        for event in self.engine.step():
+            self._handle(event, deltas)
+        return deltas
+
+    def wait(self, timeout_s: float) -> None:
+        """Waits for a message, at most `timeout_s`: for when nothing can be computed until a tool answers."""
+        try:
+            message = self._inbox.get(timeout=max(timeout_s, 0.0))
+        except queue.Empty:
+            return
+        message()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._records)
+
+    def idle_s(self) -> float:
+        """How long the stepping thread may wait: 0 where a step can compute, else until a tool's time is up."""
+        if self.engine.has_work:
+            return 0.0
+        deadline = self.engine.next_deadline()
+        return 1.0 if deadline is None else min(1.0, max(0.0, deadline - self._clock.now()))
+
+    def pop_output(self, request_id: str) -> RequestOutput:
+        """A finished request's output, handed out once; KeyError before it has finished."""
+        return self._finished.pop(request_id)
+
+    def abort_now(self, request_id: str) -> None:
+        """Ends a request at once; its Finished event comes with the next step."""
+        self.engine.abort(request_id)
+
+    # From any thread.
+
+    def post(self, message: Callable[[], None]) -> None:
+        """Leaves a message for the stepping thread, which calls it before its next step."""
+        self._inbox.put(message)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request in whatever state it is; an unknown or finished one is left alone."""
+        self.post(lambda: self.abort_now(request_id))
+
+    def resume(
+        self,
+        request_id: str,
+        text: str | None = None,
+        token_ids: Sequence[int] | None = None,
+        *,
+        index: int = 0,
+        on_done: Callable[[Exception | None], None] | None = None,
+    ) -> None:
+        """Goes on with an intercepted completion: the text, or the token ids, are appended to what it has.
+
+        `on_done` gets None, or the StateError or ValueError that says why the sequence cannot go on so.
+        """
+        if (text is None) == (token_ids is None):
+            raise ValueError("resume: expected either text or token_ids, and not both")
+
+        def message() -> None:
+            error: Exception | None = None
+            try:
+                ids = self._answers.text(text) if text is not None else list(token_ids or ())
+                self.engine.resume(self._seq_id(request_id, index), ids)
+            except (StateError, ValueError) as caught:
+                error = caught
+            if on_done is not None:
+                on_done(error)
+            elif error is not None:
+                logger.warning("resume of request %r: %s", request_id, error)
+
+        self.post(message)
+
+    # Events of the engine.
+
+    def _handle(self, event: Event, deltas: list[Delta]) -> None:
+        match event:
+            case Tokens():
+                for seq_id, token_id in zip(event.seq_ids, event.token_ids, strict=True):
+                    deltas.append(self._on_token(seq_id, token_id, event.logprobs.get(seq_id)))
+            case Intercepted():
+                deltas.append(self._on_intercepted(event))
+            case Returned():
+                deltas += self._on_returned(event)
+            case PromptLogprobs():
+                self._records[event.request_id].prompt_logprobs = event.entries
+            case Finished():
+                deltas += self._on_finished(event)
+
+    def _on_token(self, seq_id: int, token_id: int, logprobs: TokenLogprobs | None) -> Delta:
+        record = self._by_seq[seq_id]
+        transcript = record.transcripts[seq_id]
+        text = transcript.generated(token_id, logprobs)
+        entries = (logprobs,) if logprobs is not None else None
+        return Delta(record.request.request_id, transcript.index, "generated", text, (token_id,), entries)
+
+    def _on_intercepted(self, event: Intercepted) -> Delta:
+        record = self._by_seq[event.seq_id]
+        turn, seq_id, interception = event.payload, event.seq_id, event.interception
+        if isinstance(turn, ToolTurn) and record.toolbox is not None:
+            record.turns[seq_id] = OpenTurn(interception, turn)
+
+            def done(i: int, result: ToolResult) -> None:
+                self.post(lambda: self._on_result(record, seq_id, interception, i, result))
+
+            start_calls(turn, record.toolbox, record.options.timeout_s, done)
+        elif record.options.handler is not None:
+            self._start_handler(record, record.options.handler, seq_id)
+        return Delta(event.request_id, event.index, "intercepted", trigger=event.tool)
+
+    def _start_handler(self, record: _Record, handler: Callable[[str], str], seq_id: int) -> None:
+        text = record.transcripts[seq_id].since_return
+        toolbox = Toolbox([Tool("handler", "", {"type": "object", "properties": {}}, lambda: handler(text))])
+
+        def done(result: ToolResult) -> None:
+            self.post(lambda: self._answer(record, seq_id, self._answers.text(result.text), result.is_error))
+            toolbox.close()
+
+        toolbox.submit(ToolCall("call00000", "handler", {}), done, record.options.timeout_s)
+
+    def _on_result(self, record: _Record, seq_id: int, interception: int, i: int, result: ToolResult) -> None:
+        open_turn = record.turns.get(seq_id)
+        if open_turn is None or open_turn.interception != interception:
+            return  # the interception timed out, or the request was aborted, before the tool answered
+        open_turn.results[i] = result
+        if not open_turn.is_complete:
+            return
+        record.transcripts[seq_id].calls[interception] = open_turn.records()
+        texts = [done.text for done in open_turn.results if done is not None]
+        schemas = record.toolbox.schemas() if record.toolbox is not None else []
+        try:
+            ids = self._answers.results(
+                open_turn.turn.calls,
+                texts,
+                ended_turn=open_turn.turn.ended_turn,
+                tools=schemas,
+                room=self.engine.room(seq_id),
+            )
+        except ValueError as error:
+            logger.warning("request %r: %s", record.request.request_id, error)
+            self.engine.end(seq_id, FinishReason.LENGTH)
+            return
+        self._answer(record, seq_id, ids, open_turn.has_failed)
+
+    def _answer(self, record: _Record, seq_id: int, ids: Sequence[int], is_error: bool) -> None:
+        try:
+            fitting = ids[: self.engine.room(seq_id)]
+            if is_error:
+                self.engine.fail(seq_id, fitting)
+            else:
+                self.engine.resume(seq_id, fitting)
+        except StateError as error:  # it ended while the tool was at work
+            logger.debug("request %r: %s", record.request.request_id, error)
+
+    def _on_returned(self, event: Returned) -> list[Delta]:
+        record = self._by_seq[event.seq_id]
+        record.turns.pop(event.seq_id, None)
+        held_back, segment = record.transcripts[event.seq_id].returned()
+        place = (event.request_id, event.index)
+        deltas = [Delta(*place, "generated", held_back)] if held_back else []
+        return [*deltas, Delta(*place, "returned", segment.text, segment.token_ids)]
+
+    def _on_finished(self, event: Finished) -> list[Delta]:
+        record = self._by_seq.pop(event.seq_id)
+        record.turns.pop(event.seq_id, None)
+        held_back, output = record.transcripts.pop(event.seq_id).finish(event)
+        record.outputs.append(output)
+        record.num_cached = max(record.num_cached, event.num_cached)
+        if not record.transcripts:
+            self._finish_request(record)
+        return [
+            Delta(
+                event.request_id,
+                event.index,
+                "finished",
+                held_back,
+                finish_reason=event.reason.value,
+                stop_reason=event.stop_reason,
+            )
+        ]
+
+    def _finish_request(self, record: _Record) -> None:
+        request = record.request
+        del self._records[request.request_id]
+        record.outputs.sort(key=lambda output: output.index)
+        prompt_logprobs = [None, *record.prompt_logprobs] if record.prompt_logprobs is not None else None
+        self._finished[request.request_id] = RequestOutput(
+            request_id=request.request_id,
+            prompt=record.prompt,
+            prompt_token_ids=list(request.prompt_ids),
+            outputs=record.outputs,
+            prompt_logprobs=prompt_logprobs,
+            num_cached_tokens=record.num_cached,
+        )
+
+    def _seq_id(self, request_id: str, index: int) -> int:
+        record = self._records.get(request_id)
+        for seq_id, transcript in (record.transcripts if record is not None else {}).items():
+            if transcript.index == index:
+                return seq_id
+        raise StateError(f"request {request_id!r}, completion {index}: unknown or finished; nothing waits for an answer")
+
+    def _intercept_params(self, options: InterceptOptions, has_tools: bool) -> InterceptParams:
+        told = f"error: no answer within {options.timeout_s:g} s"
+        if has_tools:
+            ended = options.trigger is CallTrigger.TURN
+            failure = self._answers.results([probe_call()], [told], ended_turn=ended, tools=[], room=2**31)
+        else:
+            failure = self._answers.text(f" {told}")
+        return InterceptParams(
+            token_ids=tuple(options.token_ids),
+            script=tuple(options.script),
+            timeout_s=options.timeout_s + TIMEOUT_GRACE_S,
+            max_interceptions=options.max_interceptions,
+            max_returned_tokens=options.max_returned_tokens,
+            on_failure=options.on_failure,
+            failure_ids=tuple(failure),
+        )
