@@ -45,6 +45,8 @@ class Row:
 def build_checkpoint(folder: Path) -> None:
     """Writes the benchmark's Llama with random weights."""
     import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -61,6 +63,9 @@ def build_checkpoint(folder: Path) -> None:
         eos_token_id=None,
     )
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    pieces = [chr(i) for i in range(32, 127)] + [f"<{i}>" for i in range(config.vocab_size - 95)]
+    tokenizer = Tokenizer(WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<0>"))
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def prompts(batch: int, seed: int) -> list[list[int]]:

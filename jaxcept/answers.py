@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from jaxcept.outputs import CallRecord
-from jaxcept.text.chat import ChatTemplate, returned_text
 from jaxcept.text.tokenizer import Tokenizer
-from jaxcept.tools.calls import ToolCall, ToolResult
+from jaxcept.tools.calls import ParsedCall, ToolCall, ToolResult
 from jaxcept.tools.toolbox import Toolbox
 from jaxcept.watcher import ToolTurn
 
@@ -46,9 +46,7 @@ class OpenTurn:
         )
 
 
-def start_calls(
-    turn: ToolTurn, toolbox: Toolbox, timeout_s: float, done: Callable[[int, ToolResult], None]
-) -> None:
+def start_calls(turn: ToolTurn, toolbox: Toolbox, timeout_s: float, done: Callable[[int, ToolResult], None]) -> None:
     """Starts every call that this process can answer; `done(i, result)` comes from any thread, once for each."""
     for i, call in enumerate(turn.calls):
         if toolbox.is_external(call):
@@ -56,55 +54,36 @@ def start_calls(
         tool = toolbox.get(call.name)
         own = tool.timeout_s if tool is not None else None
         limit = timeout_s if own is None else min(own, timeout_s)
-        toolbox.submit(call, lambda result, i=i: done(i, result), limit)
+        toolbox.submit(call, partial(done, i), limit)
 
 
-class AnswerEncoder:
-    """Turns results into the ids that continue a sequence; the model's own ids are never encoded again."""
+def encode_answers(
+    tokenizer: Tokenizer,
+    calls: Sequence[ParsedCall],
+    results: Sequence[str],
+    *,
+    ended_turn: bool,
+    tools: Sequence[Mapping[str, Any]],
+    room: int,
+) -> list[int]:
+    """Ids of the results in the chat template's form, the longest result cut until they fit into `room` ids.
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
-        self._tokenizer = tokenizer
-        self._template = template
-
-    def text(self, text: str) -> list[int]:
-        """Ids of text that is appended as it stands."""
-        return self._tokenizer.encode(text, add_special_tokens=False)
-
-    def results(
-        self,
-        calls: Sequence[Any],
-        results: Sequence[str],
-        *,
-        ended_turn: bool,
-        tools: Sequence[Mapping[str, Any]],
-        room: int,
-    ) -> list[int]:
-        """Ids of the results in the chat template's form, the longest result cut until they fit into `room` ids.
-
-        ValueError where not even empty results fit.
-        """
-        texts = list(results)
-        for _ in range(_MAX_CUTS):
-            ids = self._render(calls, texts, ended_turn, tools)
-            if len(ids) <= room:
-                return ids
-            longest = max(range(len(texts)), key=lambda i: len(texts[i]))
-            own = self.text(texts[longest])
-            keep = len(own) - (len(ids) - room) - len(self.text(CUT_NOTE))
-            if keep <= 0 and len(texts) == 1:
-                break
-            texts[longest] = self._tokenizer.decode(own[: max(keep, 0)]) + CUT_NOTE
-        ids = self._render(calls, [""] * len(texts), ended_turn, tools)
-        if len(ids) > room:
-            raise ValueError(f"the tools' answer needs {len(ids)} tokens: the sequence has room for {room}")
-        return ids
-
-    def _render(
-        self, calls: Sequence[Any], texts: Sequence[str], ended_turn: bool, tools: Sequence[Mapping[str, Any]]
-    ) -> list[int]:
-        if self._template is None:
-            return self.text("\n" + "\n".join(texts) + "\n")
-        return self.text(returned_text(self._template, calls, texts, ended_turn=ended_turn, tools=tools))
+    ValueError where not even empty results fit.
+    """
+    texts = list(results)
+    for _ in range(_MAX_CUTS):
+        ids = tokenizer.encode_returned(calls, texts, ended_turn=ended_turn, tools=tools)
+        if len(ids) <= room:
+            return ids
+        longest = max(range(len(texts)), key=lambda i: len(texts[i]))
+        own = tokenizer.encode(texts[longest], add_special_tokens=False)
+        note = tokenizer.encode(CUT_NOTE, add_special_tokens=False)
+        keep = max(0, len(own) - (len(ids) - room) - len(note))
+        texts[longest] = tokenizer.decode(own[:keep]) + CUT_NOTE if keep else ""
+    ids = tokenizer.encode_returned(calls, [""] * len(texts), ended_turn=ended_turn, tools=tools)
+    if len(ids) > room:
+        raise ValueError(f"the tools' answer needs {len(ids)} tokens: the sequence has room for {max(room, 0)}")
+    return ids
 
 
 def probe_call(name: str = "tool") -> ToolCall:

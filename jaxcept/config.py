@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+
 import jaxcept_models
 
 POLICIES = ("preserve", "discard")

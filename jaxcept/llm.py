@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeAlias
 
 from rich.console import Console
@@ -102,12 +102,10 @@ class LLM:
         tools: Tools | None,
         intercept: InterceptOptions | None,
     ) -> _Job:
-        many = _as_prompts(prompts)
-        if tools is None or self._template is None:
-            return self._job(many, params, tools, intercept, is_rendered=False)
-        tools = as_toolbox(tools)
-        rendered = [self._render([{"role": "user", "content": p}], tools) if isinstance(p, str) else p for p in many]
-        return self._job(rendered, params, tools, intercept, is_rendered=True)
+        many, toolbox = _as_prompts(prompts), as_toolbox(tools)
+        if toolbox is not None and self.session.tokenizer.chat_template is not None:
+            many = [self._encode([{"role": "user", "content": p}], toolbox) if isinstance(p, str) else p for p in many]
+        return self._job(many, params, toolbox, intercept)
 
     def _chat_job(
         self,
@@ -117,20 +115,11 @@ class LLM:
         intercept: InterceptOptions | None,
     ) -> _Job:
         toolbox = as_toolbox(tools)
-        rendered: list[Prompt] = [self._render(each, toolbox) for each in _as_conversations(messages)]
-        return self._job(rendered, params, toolbox, intercept, is_rendered=True)
+        prompts = [self._encode(each, toolbox) for each in _as_conversations(messages)]
+        return self._job(prompts, params, toolbox, intercept)
 
-    def close(self) -> None:
-        """Ends the tools' threads. The LLM is of no use afterwards."""
-        self.session.close()
-
-    def __enter__(self) -> LLM:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def _encode(self, messages: Sequence[Message], toolbox: Toolbox | None) -> Prompt:
+        return self.session.tokenizer.encode_chat(messages, toolbox.schemas() if toolbox else None)
 
     # Inside.
 
@@ -142,10 +131,13 @@ class LLM:
         with self._lock, self._bar() as bar:
             task = bar.add_task("generating", total=job.num_completions)
             ids = self._add(job)
+            outputs: dict[str, RequestOutput] = {}
             for delta in self._deltas(ids):
                 if delta.kind == "finished":
                     bar.update(task, advance=1)
-            return [replace(self.session.pop_output(each), request_id=str(i)) for i, each in enumerate(ids)]
+                if delta.output is not None:
+                    outputs[delta.request_id] = delta.output
+            return [replace(outputs[each], request_id=str(i)) for i, each in enumerate(ids)]
 
     def _stream(self, job: _Job) -> Iterator[Delta]:
         with self._lock:
@@ -153,8 +145,6 @@ class LLM:
             index = {request_id: str(i) for i, request_id in enumerate(ids)}
             for delta in self._deltas(ids):
                 yield replace(delta, request_id=index[delta.request_id])
-            for request_id in ids:
-                self.session.pop_output(request_id)
 
     def _add(self, job: _Job) -> list[str]:
         ids: list[str] = []
@@ -168,7 +158,6 @@ class LLM:
                     request_id=request_id,
                     toolbox=job.toolbox,
                     options=job.intercept,
-                    add_special_tokens=not job.is_rendered,
                 )
                 ids.append(request_id)
         except BaseException:
@@ -193,22 +182,20 @@ class LLM:
             self.session.abort_now(request_id)
         while self.session.has_work:
             self.session.step()
-        for request_id in ids:
-            self.session.pop_output(request_id)
 
     def _job(
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
-        tools: Tools | None,
+        toolbox: Toolbox | None,
         intercept: InterceptOptions | None,
-        is_rendered: bool,
     ) -> _Job:
-        toolbox = as_toolbox(tools)
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(prompts):
-            raise ValueError(f"params has {len(each)} entries for {len(prompts)} prompts: expected one, or one for each")
-        return _Job(list(prompts), each, toolbox, intercept, is_rendered)
+            raise ValueError(
+                f"params has {len(each)} entries for {len(prompts)} prompts: expected one, or one for each"
+            )
+        return _Job(list(prompts), each, toolbox, intercept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +206,6 @@ class _Job:
     params: list[SamplingParams]
     toolbox: Toolbox | None
     intercept: InterceptOptions | None
-    is_rendered: bool  # by the chat template, which writes the special tokens itself
 
     @property
     def num_completions(self) -> int:

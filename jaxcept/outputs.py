@@ -83,7 +83,7 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one step added to one completion, for streaming."""
+    """What one step added to one completion, for streaming. `output` comes with the request's last "finished"."""
 
     request_id: str
     index: int
@@ -94,3 +94,4 @@ class Delta:
     trigger: str | None = None  # of an interception
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    output: RequestOutput | None = None

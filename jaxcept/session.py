@@ -11,7 +11,7 @@ import queue
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from jaxcept.answers import AnswerEncoder, OpenTurn, probe_call, start_calls
+from jaxcept.answers import OpenTurn, encode_answers, probe_call, start_calls
 from jaxcept.clock import Clock
 from jaxcept.engine import Engine
 from jaxcept.outputs import CompletionOutput, Delta, RequestOutput
@@ -84,21 +84,18 @@ class Session:
         self,
         engine: Engine,
         tokenizer: Tokenizer,
-        answers: AnswerEncoder,
         make_watcher: MakeWatcher,
         clock: Clock,
         seed: int = 0,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
-        self._answers = answers
         self._make_watcher = make_watcher
         self._clock = clock
         self._seed = seed
         self._num_added = 0
         self._records: dict[str, _Record] = {}
         self._by_seq: dict[int, _Record] = {}
-        self._finished: dict[str, RequestOutput] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
     # From the stepping thread.
@@ -171,10 +168,6 @@ class Session:
         deadline = self.engine.next_deadline()
         return 1.0 if deadline is None else min(1.0, max(0.0, deadline - self._clock.now()))
 
-    def pop_output(self, request_id: str) -> RequestOutput:
-        """A finished request's output, handed out once; KeyError before it has finished."""
-        return self._finished.pop(request_id)
-
     def abort_now(self, request_id: str) -> None:
         """Ends a request at once; its Finished event comes with the next step."""
         self.engine.abort(request_id)
@@ -196,7 +189,7 @@ class Session:
         token_ids: Sequence[int] | None = None,
         *,
         index: int = 0,
-        on_done: Callable[[Exception | None], None] | None = None,
+        on_done: Callable[[Exception | None], object] | None = None,
     ) -> None:
         """Goes on with an intercepted completion: the text, or the token ids, are appended to what it has.
 
@@ -208,7 +201,7 @@ class Session:
         def message() -> None:
             error: Exception | None = None
             try:
-                ids = self._answers.text(text) if text is not None else list(token_ids or ())
+                ids = self._encode_text(text) if text is not None else list(token_ids or ())
                 self.engine.resume(self._seq_id(request_id, index), ids)
             except (StateError, ValueError) as caught:
                 error = caught
@@ -261,7 +254,7 @@ class Session:
         toolbox = Toolbox([Tool("handler", "", {"type": "object", "properties": {}}, lambda: handler(text))])
 
         def done(result: ToolResult) -> None:
-            self.post(lambda: self._answer(record, seq_id, self._answers.text(result.text), result.is_error))
+            self.post(lambda: self._answer(record, seq_id, self._encode_text(result.text), result.is_error))
             toolbox.close()
 
         toolbox.submit(ToolCall("call00000", "handler", {}), done, record.options.timeout_s)
@@ -277,7 +270,8 @@ class Session:
         texts = [done.text for done in open_turn.results if done is not None]
         schemas = record.toolbox.schemas() if record.toolbox is not None else []
         try:
-            ids = self._answers.results(
+            ids = encode_answers(
+                self.tokenizer,
                 open_turn.turn.calls,
                 texts,
                 ended_turn=open_turn.turn.ended_turn,
@@ -314,8 +308,10 @@ class Session:
         held_back, output = record.transcripts.pop(event.seq_id).finish(event)
         record.outputs.append(output)
         record.num_cached = max(record.num_cached, event.num_cached)
+        request_output = None
         if not record.transcripts:
-            self._finish_request(record)
+            del self._records[event.request_id]
+            request_output = _request_output(record)
         return [
             Delta(
                 event.request_id,
@@ -324,37 +320,29 @@ class Session:
                 held_back,
                 finish_reason=event.reason.value,
                 stop_reason=event.stop_reason,
+                output=request_output,
             )
         ]
-
-    def _finish_request(self, record: _Record) -> None:
-        request = record.request
-        del self._records[request.request_id]
-        record.outputs.sort(key=lambda output: output.index)
-        prompt_logprobs = [None, *record.prompt_logprobs] if record.prompt_logprobs is not None else None
-        self._finished[request.request_id] = RequestOutput(
-            request_id=request.request_id,
-            prompt=record.prompt,
-            prompt_token_ids=list(request.prompt_ids),
-            outputs=record.outputs,
-            prompt_logprobs=prompt_logprobs,
-            num_cached_tokens=record.num_cached,
-        )
 
     def _seq_id(self, request_id: str, index: int) -> int:
         record = self._records.get(request_id)
         for seq_id, transcript in (record.transcripts if record is not None else {}).items():
             if transcript.index == index:
                 return seq_id
-        raise StateError(f"request {request_id!r}, completion {index}: unknown or finished; nothing waits for an answer")
+        raise StateError(
+            f"request {request_id!r}, completion {index}: unknown or finished; nothing waits for an answer"
+        )
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False, continues=True)
 
     def _intercept_params(self, options: InterceptOptions, has_tools: bool) -> InterceptParams:
         told = f"error: no answer within {options.timeout_s:g} s"
         if has_tools:
             ended = options.trigger is CallTrigger.TURN
-            failure = self._answers.results([probe_call()], [told], ended_turn=ended, tools=[], room=2**31)
+            failure = self.tokenizer.encode_returned([probe_call()], [told], ended_turn=ended)
         else:
-            failure = self._answers.text(f" {told}")
+            failure = self._encode_text(f" {told}")
         return InterceptParams(
             token_ids=tuple(options.token_ids),
             script=tuple(options.script),
@@ -364,3 +352,14 @@ class Session:
             on_failure=options.on_failure,
             failure_ids=tuple(failure),
         )
+
+
+def _request_output(record: _Record) -> RequestOutput:
+    return RequestOutput(
+        request_id=record.request.request_id,
+        prompt=record.prompt,
+        prompt_token_ids=list(record.request.prompt_ids),
+        outputs=sorted(record.outputs, key=lambda output: output.index),
+        prompt_logprobs=[None, *record.prompt_logprobs] if record.prompt_logprobs is not None else None,
+        num_cached_tokens=record.num_cached,
+    )

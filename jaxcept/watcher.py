@@ -1,4 +1,4 @@
-"""Watches one sequence's tokens as text: decodes them once, finds stop strings and tool calls, keeps what may be sent."""
+"""Watches one sequence as text: decodes its ids once, finds stop strings and tool calls, keeps what may be sent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from enum import StrEnum
 from jaxcept.scheduler.watcher import Verdict
 from jaxcept.text.stop import StopStrings
 from jaxcept.text.stream import StreamDecoder
-from jaxcept.tools.calls import MalformedCall, ToolCall
+from jaxcept.tools.calls import ParsedCall, ToolCall
 from jaxcept.tools.parsers import ToolCallParser
 
 
@@ -25,7 +25,7 @@ class CallTrigger(StrEnum):
 class ToolTurn:
     """The calls that stopped a sequence, and whether the model had already ended its turn."""
 
-    calls: tuple[ToolCall | MalformedCall, ...]
+    calls: tuple[ParsedCall, ...]
     ended_turn: bool
 
 
@@ -55,7 +55,7 @@ class TextWatcher:
         self._trigger = trigger
         self._intercepts = StopStrings(tuple(intercept_strings), True) if intercept_strings else None
         self._intercept_strings = tuple(intercept_strings)
-        self._calls: list[ToolCall | MalformedCall] = []
+        self._calls: list[ParsedCall] = []
         self._runs: deque[TextRun] = deque()
         self._tokens_before_stops = min_tokens
 
@@ -90,6 +90,8 @@ class TextWatcher:
     def returned(self, token_ids: Sequence[int]) -> None:
         """Takes the tokens that a tool returned."""
         self._emit(self._stops.flush())
+        if self._parser is not None:
+            self._parser.begin_turn()
         text = "".join(self._decoder.push(token_id) for token_id in token_ids)
         self._runs.append(TextRun(text, tuple(token_ids)))
 

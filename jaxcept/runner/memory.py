@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import jax
+
 from jaxcept_models.model import Model
 
 CPU_POOL_BYTES = 4 << 30

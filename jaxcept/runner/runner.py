@@ -11,20 +11,21 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxcept_kernels.blocks import copy_blocks
-from jaxcept_models.model import Model
 
 from jaxcept.runner.batch import NO_ROW, Batch, BatchBuilder, BatchShape, bucket_of, token_buckets, unpack
 from jaxcept.runner.compiles import CompileCounter
 from jaxcept.runner.rows import BIAS_ENTRIES, NUM_COLUMNS, HostRows, make_row_state, set_row, unpack_params
 from jaxcept.runner.sampling import Logprobs, RowState, Variant, logprobs_of, sample
 from jaxcept.scheduler.plan import BlockMove, RowSetup, StepPlan, StepResult, TokenLogprobs
+from jaxcept_kernels.blocks import copy_blocks
 from jaxcept_kernels.layout import KVPool, make_pool
+from jaxcept_models.model import Model
 
 COPIES_PER_CALL = 16
 SCORE_TILE = 64
@@ -167,13 +168,13 @@ class DeviceRunner:
 
         jobs: list[tuple[str, Callable[[Any], None], Callable[[], Any]]] = []
         for tokens in reversed(self._token_buckets):
-            jobs.append((f"step {tokens}", _keep(self._step, tokens), lambda t=tokens: lower_step(t)))
+            jobs.append((f"step {tokens}", _keep(self._step, tokens), partial(lower_step, tokens)))
         for variant, buckets in self._sample_buckets.items():
             for n in reversed(buckets):
                 what = f"sample {n} {variant}"
-                jobs.append((what, _keep(self._sample, (n, variant)), lambda n=n, v=variant: lower_sample(n, v)))
+                jobs.append((what, _keep(self._sample, (n, variant)), partial(lower_sample, n, variant)))
         for tokens in reversed(self._token_buckets):
-            jobs.append((f"score {tokens}", _keep(self._score, tokens), lambda t=tokens: lower_score(t)))
+            jobs.append((f"score {tokens}", _keep(self._score, tokens), partial(lower_score, tokens)))
         jobs.append(("rows", lambda executable: setattr(self, "_set_row", executable), lower_set_row))
         jobs.append(("copy", lambda executable: setattr(self, "_copy", executable), lower_copy))
         return jobs

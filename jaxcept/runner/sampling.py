@@ -78,7 +78,8 @@ def _largest_threshold(bits: jax.Array, weights: jax.Array, target: jax.Array) -
         mass = jnp.sum(jnp.where(bits >= candidate[:, None], weights, 0.0), axis=-1)
         return jnp.where(mass >= target, candidate, found)
 
-    return jax.lax.fori_loop(0, 32, try_bit, jnp.zeros(bits.shape[0], jnp.uint32))
+    found: jax.Array = jax.lax.fori_loop(0, 32, try_bit, jnp.zeros(bits.shape[0], jnp.uint32))
+    return found
 
 
 def filter_logits(logits: jax.Array, params: RowParams) -> jax.Array:

@@ -99,15 +99,16 @@ class SamplingParams:
         _require(_is_int(self.top_k) and self.top_k >= -1, "top_k", self.top_k, "0 (off) or more")
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
-        _require(self.seed is None or _is_int(self.seed) and -(2**63) <= self.seed < 2**64, "seed", self.seed, "an int")
-        _require(self.max_tokens is None or _is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens",
+        _require(self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**64), "seed", self.seed,
+                 "an int of 64 bits, or None")  # fmt: skip
+        _require(self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1), "max_tokens",
                  self.max_tokens, "1 or more, or None")  # fmt: skip
         _require(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", self.min_tokens, "0 or more")
         _require(self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens,
                  f"at most max_tokens={self.max_tokens}")  # fmt: skip
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
-            _require(value is None or _is_int(value) and 0 <= value <= MAX_LOGPROBS, name, value,
+            _require(value is None or (_is_int(value) and 0 <= value <= MAX_LOGPROBS), name, value,
                      f"0 to {MAX_LOGPROBS}, or None")  # fmt: skip
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
@@ -151,5 +152,5 @@ class InterceptParams:
         _require(_is_int(self.max_interceptions) and self.max_interceptions >= 0, "max_interceptions",
                  self.max_interceptions, "0 or more")  # fmt: skip
         value = self.max_returned_tokens
-        _require(value is None or _is_int(value) and value >= 0, "max_returned_tokens", value, "0 or more, or None")
+        _require(value is None or (_is_int(value) and value >= 0), "max_returned_tokens", value, "0 or more, or None")
         object.__setattr__(self, "on_failure", OnToolFailure(self.on_failure))
