@@ -12,8 +12,8 @@ LINES = [
     '<a href="x">[INST] {"name": "f"}\n\n  indented\ttabs </a> ▁ ',
 ] * 10
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-PLAIN_ADDED = [AddedToken("<tool_call>", special=False, normalized=False), AddedToken("<｜é Ġ｜>", special=False),
-               AddedToken("  ", special=False, normalized=False)]  # fmt: skip
+PLAIN_ADDED = [AddedToken("<tool_call>", special=False, normalized=False), AddedToken("<｜é Ġ｜>", special=False)]
+SPACES = AddedToken("  ", special=False, normalized=False)
 
 
 def byte_level() -> Tokenizer:
@@ -23,7 +23,9 @@ def byte_level() -> Tokenizer:
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     made.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False))
-    return _with_added(made)
+    made = _with_added(made)
+    made.add_tokens([SPACES])
+    return made
 
 
 def byte_fallback() -> Tokenizer:

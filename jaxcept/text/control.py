@@ -92,6 +92,7 @@ class ControlTokens:
 def _without_spellings(state: dict[str, Any], control: set[str]) -> tokenizers.Tokenizer:
     """The tokenizer of a state, its vocabulary renamed too where the model's merges do not mention the tokens."""
     vocab = state["model"]["vocab"]
+    control = control - {state["model"].get("unk_token")}  # which the model looks up by its text
     plain = json.dumps(state)
     if isinstance(vocab, dict):
         renamed: Any = {_OPEN + text + _CLOSE if text in control else text: number for text, number in vocab.items()}
