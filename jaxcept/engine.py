@@ -57,8 +57,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` can make progress: not while every sequence waits for a tool, or there is none."""
-        scheduler = self.scheduler
-        return bool(self._in_flight) or scheduler.num_unfinished > scheduler.num_intercepted or scheduler.has_events
+        return bool(self._in_flight) or self.scheduler.has_work
 
     @property
     def is_dead(self) -> bool:

@@ -10,12 +10,22 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from jaxcept.clock import VirtualClock
+from jaxcept.engine import Engine
+from jaxcept.metrics import Ledger
+from jaxcept.scheduler.config import SchedulerConfig
+from jaxcept.scheduler.events import Event
+from jaxcept.scheduler.params import InterceptParams, SamplingParams, ScriptedTrigger
 from jaxcept.scheduler.plan import StepPlan, StepResult, TokenLogprobs
+from jaxcept.scheduler.policy import Policy, Preserve
+from jaxcept.scheduler.request import Request
+from jaxcept.scheduler.scheduler import Scheduler
 from jaxcept.scheduler.watcher import Verdict
 
 VOCAB = 251
+T = TypeVar("T")
 
 
 def next_token(ids: Sequence[int], seed: int = 0) -> int:
@@ -157,3 +167,53 @@ class FakeWatcher:
 
     def finish(self) -> None:
         self.finished += 1
+
+
+class Rig:
+    """A scheduler, a fake device and a clock that ticks once a step, for tests that look at single plans."""
+
+    def __init__(self, policy: Policy | None = None, depth: int = 0, **config: Any) -> None:
+        sizes = {
+            "num_blocks": 32,
+            "block_size": 4,
+            "max_num_seqs": 4,
+            "max_num_batched_tokens": 16,
+            "max_model_len": 64,
+        }
+        self.config = SchedulerConfig(**{**sizes, "vocab_size": VOCAB, "watermark": 0.0, **config})
+        self.scheduler = Scheduler(self.config, policy or Preserve())
+        self.runner = FakeRunner(self.config.num_blocks, self.config.block_size, self.config.max_num_seqs)
+        self.clock = VirtualClock()
+        self.engine = Engine(self.scheduler, self.runner, self.clock, Ledger(100), depth)
+        self.events: list[Event] = []
+
+    def add(self, name: str, prompt: Sequence[int], intercept: InterceptParams | None = None, **params: Any) -> int:
+        """Queues a request; returns its first seq_id. Keywords of Request are told from those of SamplingParams."""
+        names = {"cache_salt", "eos_token_ids", "seed_base", "watcher", "arrival"}
+        own = {key: params.pop(key) for key in names & set(params)}
+        request = Request(name, tuple(prompt), SamplingParams(**params), intercept or InterceptParams(), **own)
+        return self.engine.add(request)[0]
+
+    def step(self) -> StepPlan | None:
+        """One step of the engine; the plan that it submitted, if any. Everything must hold afterwards."""
+        before = len(self.runner.plans)
+        self.events += self.engine.step()
+        self.scheduler.check()
+        self.clock.advance(1.0)
+        return self.runner.plans[-1] if len(self.runner.plans) > before else None
+
+    def run(self, limit: int = 500) -> None:
+        """Until nothing can be computed."""
+        while self.engine.has_work:
+            self.step()
+            limit -= 1
+            assert limit, "the engine does not come to rest"
+
+    def told(self, kind: type[T]) -> list[T]:
+        """The events of this type so far."""
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+def scripted(*counts: int, **params: Any) -> InterceptParams:
+    """Interceptions after these numbers of generated tokens."""
+    return InterceptParams(script=tuple(ScriptedTrigger(count) for count in counts), **params)

@@ -20,6 +20,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.refs = [0] * num_blocks
         self.num_evictions = 0
+        self.sharing_version = 0  # grows whenever a held block gains or loses one of several holders
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: the lowest ids go first
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._digests: list[bytes | None] = [None] * num_blocks
@@ -56,6 +57,8 @@ class BlockPool:
         """One more holder of a held or cached block."""
         if self.refs[block] == 0:
             del self._cached[block]
+        else:
+            self.sharing_version += 1
         self.refs[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
@@ -63,11 +66,12 @@ class BlockPool:
         for block in reversed(blocks):
             self.refs[block] -= 1
             assert self.refs[block] >= 0, f"block {block} is released more often than it is held"
-            if self.refs[block] == 0:
-                if self._digests[block] is None:
-                    self._free.append(block)
-                else:
-                    self._cached[block] = None
+            if self.refs[block] > 0:
+                self.sharing_version += 1
+            elif self._digests[block] is None:
+                self._free.append(block)
+            else:
+                self._cached[block] = None
 
     def register(self, block: int, digest: bytes) -> None:
         """Makes a held block's content findable. Where the same content is registered already, that one stays."""

@@ -68,6 +68,8 @@ def _check_counts(seq: Sequence, memory: ContextMemory) -> None:
     num_tokens = len(seq.token_ids) + seq.num_pending
     assert 0 <= seq.num_computed <= len(seq.blocks) * size, f"{name}: KV outside its blocks"
     assert seq.num_computed <= num_tokens, f"{name}: more computed than there is"
+    exclusive = sum(memory.pool.refs[block] == 1 for block in seq.blocks)
+    assert memory.num_exclusive(seq) == exclusive, f"{name}: the count of exclusive blocks is stale"
     assert seq.num_registered * size <= seq.num_computed, f"{name}: registered what is not computed"
     assert num_tokens <= memory.config.max_len, f"{name}: {num_tokens} tokens"
     assert len(seq.blocks) <= memory.config.blocks_for(num_tokens), f"{name}: holds blocks that it has no tokens for"

@@ -27,6 +27,14 @@ class ContextMemory:
         seq.blocks.extend(grown)
         return grown
 
+    def num_exclusive(self, seq: Sequence) -> int:
+        """Blocks that this sequence alone holds; counted again only where the table or any sharing changed."""
+        state = (self.pool.sharing_version, len(seq.blocks))
+        if seq.exclusive_state != state:
+            seq.exclusive_state = state
+            seq.num_exclusive = self.pool.num_exclusive(seq.blocks)
+        return seq.num_exclusive
+
     def truncate(self, seq: Sequence, keep: int) -> None:
         """Gives up all but the first `keep` blocks. What is full of known tokens stays findable until evicted."""
         self.register(seq)

@@ -177,11 +177,6 @@ class Scheduler:
         self._book.events.clear()
         return events
 
-    @property
-    def has_events(self) -> bool:
-        """Whether `drain` has something to say."""
-        return bool(self._book.events)
-
     def check(self) -> None:
         """Asserts every invariant whole; for tests, it takes time in proportion to everything there is."""
         check_all(self._book, self.memory, self._flights)
@@ -211,6 +206,7 @@ class Scheduler:
 
     def _place_contexts(self, now: float) -> None:
         """Asks the policy where the contexts of intercepted sequences live."""
+        self._book.has_unplaced = False
         seqs = [seq for seq in self._book.holders.values() if seq.state is SeqState.INTERCEPTED]
         if not seqs:
             return
@@ -242,10 +238,16 @@ class Scheduler:
             num_tokens=len(seq.token_ids),
             num_computed=seq.num_computed,
             num_blocks=len(seq.blocks),
-            num_exclusive_blocks=self.memory.pool.num_exclusive(seq.blocks),
+            num_exclusive_blocks=self.memory.num_exclusive(seq),
         )
 
     # What others ask.
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `schedule` or `drain` has something to do: not while every sequence waits for a tool."""
+        book = self._book
+        return len(book.sequences) > len(book.intercepted) or bool(book.events) or book.has_unplaced
 
     @property
     def counters(self) -> Counters:
@@ -280,9 +282,8 @@ class Scheduler:
     @property
     def num_idle_blocks(self) -> int:
         """Blocks that an intercepted sequence holds and nobody else uses."""
-        holders = self._book.holders.values()
-        seqs = [seq for seq in holders if seq.state is SeqState.INTERCEPTED]
-        return sum([self.memory.pool.num_exclusive(seq.blocks) for seq in seqs])
+        seqs = [seq for seq in self._book.holders.values() if seq.state is SeqState.INTERCEPTED]
+        return sum([self.memory.num_exclusive(seq) for seq in seqs])
 
 
 def _logprobs_by_seq(flight: Flight, result: StepResult) -> dict[int, TokenLogprobs]:

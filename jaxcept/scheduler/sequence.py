@@ -55,6 +55,7 @@ class Sequence:
         "chunk_start",
         "chunk_step",
         "digests",
+        "exclusive_state",
         "family",
         "first_scheduled_at",
         "first_token_at",
@@ -66,6 +67,7 @@ class Sequence:
         "max_computed",
         "num_cached",
         "num_computed",
+        "num_exclusive",
         "num_pending",
         "num_preemptions",
         "num_prompt",
@@ -115,6 +117,8 @@ class Sequence:
         self.max_computed = 0  # tokens whose KV was computed at some time
         self.digests: list[bytes] = []  # of the full blocks, as far as they were needed
         self.num_registered = 0  # blocks whose content the prefix cache was told of
+        self.exclusive_state = (-1, 0)  # for which num_exclusive was counted
+        self.num_exclusive = 0
         self.chunk_step = -1  # the last step that computed a chunk of this sequence
         self.chunk_start = 0  # num_computed before it, 0 if it is the first one since the sequence took its row
 
