@@ -9,7 +9,7 @@ from jaxcept_kernels.library import native_available
 from jaxcept_kernels.linear import PANEL, linear, lookup_rows, pack_weight
 
 SHAPES = [(64, 64), (37, 100), (1, 1), (513, 16), (300, 17), (512, 1376), (2048, 96)]
-BATCHES = [1, 2, 3, 5, 6, 7, 12, 13, 16, 25, 64, 250]
+BATCHES = [1, 2, 5, 7, 16, 25, 49, 250]
 
 
 def random(rng: np.random.Generator, *shape: int) -> jax.Array:
@@ -21,20 +21,18 @@ def assert_close(got: jax.Array, want: np.ndarray, terms: int) -> None:
 
 
 @pytest.mark.parametrize(("features", "out"), SHAPES)
-@pytest.mark.parametrize("biased", [False, True])
-def test_packed_product_is_the_product(features: int, out: int, biased: bool) -> None:
+def test_packed_product_is_the_product(features: int, out: int) -> None:
     rng = np.random.default_rng(features + out)
     weight = random(rng, features, out)
-    bias = random(rng, out) if biased else None
     packed = pack_weight(weight)
     assert packed.shape == (-(-out // PANEL), features, PANEL)
-    for tokens in BATCHES:
+    product = jax.jit(linear, static_argnames="out_features")
+    for i, tokens in enumerate(BATCHES):
+        bias = random(rng, out) if i % 2 else None
         x = random(rng, tokens, features)
         want = np.asarray(x, np.float64) @ np.asarray(weight, np.float64)
         want = want if bias is None else want + np.asarray(bias, np.float64)
-        assert_close(
-            jax.jit(linear, static_argnames="out_features")(x, packed, bias=bias, out_features=out), want, features
-        )
+        assert_close(product(x, packed, bias=bias, out_features=out), want, features)
         assert_close(linear(x, weight, bias=bias), want, features)
 
 

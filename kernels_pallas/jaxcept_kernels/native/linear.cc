@@ -5,7 +5,8 @@
 // the batch.
 
 #include <algorithm>
-#include <vector>
+#include <memory>
+#include <utility>
 
 #include "parallel.h"
 #include "vec.h"
@@ -18,106 +19,139 @@ namespace ffi = xla::ffi;
 constexpr int kPanel = 16;              // columns of a panel
 constexpr int kVecs = kPanel / kWidth;  // vectors across a panel
 
-// How many rows and panels a register tile spans: accumulators fill the register file and leave room for operands.
+// Most rows of a register tile, which is one panel wide: its accumulators leave room for a weight and a value.
 #if defined(__AVX512F__)
-constexpr int kRows = 12, kPanels = 2;
+constexpr int kRows = 24;
 #elif defined(__AVX2__) || defined(__aarch64__)
-constexpr int kRows = 6, kPanels = 1;
+constexpr int kRows = 6;
 #else
-constexpr int kRows = 3, kPanels = 1;
+constexpr int kRows = 3;
 #endif
 
-constexpr int64_t kBlockK = 256;            // k values between visits to memory when rows need several tiles
-constexpr int64_t kBlockRows = 20 * kRows;  // rows whose x block stays in the second-level cache
-constexpr int64_t kAheadBytes = 2048;       // how far before its use a weight is asked for
+constexpr int64_t kBlockK = 16 * 1024 / kPanel / (kRows == 24 ? 2 : 4);  // k values between visits to y, see `region`
+constexpr int64_t kBlockTiles = 240 / kRows;     // tiles whose x stays in the second-level cache for some kBlockK
+constexpr int64_t kSmallX = 48 * 1024;           // floats of x that stay there whole
+constexpr int64_t kAhead = 256;                  // how many k before its use a weight is asked for
+constexpr int64_t kPackedTogether = 128 * 1024;  // floats of x worth packing on several threads
 
 struct Problem {
-  const float* x;
+  const float* x;       // [M, K]
   const float* panels;  // [ceil(N / 16), K, 16]
   const float* bias;    // [N], or null
-  float* y;
+  float* y;             // [M, N]
   int64_t M, K, N;
+  int64_t num_tiles() const { return (M + kRows - 1) / kRows; }
+  int64_t first_row(int64_t tile) const { return tile * M / num_tiles(); }
 };
 
-template <int Rows, int Panels>
-void tile(const Problem& p, int64_t row, int64_t panel, int64_t k0, int64_t k1) {
-  Vec acc[Rows][Panels][kVecs];
-  const int64_t column = panel * kPanel;
-  const int64_t width = std::min<int64_t>(p.N - column, Panels * kPanel);
-  const bool whole = width == Panels * kPanel;
-  float edge[Panels * kPanel] = {};
+// y[row .. row + Rows)[panel] over k0 .. k1 - 1, for x in the order [k][row]. `ahead` is where the weights lie that
+// come next; `lines` of them are asked for.
+template <int Rows>
+void tile(const Problem& p, const float* x, int64_t row, int64_t panel, int64_t k0, int64_t k1, const float* ahead,
+          int64_t lines) {
+  Vec acc[Rows][kVecs];
+  const int64_t column = panel * kPanel, width = std::min<int64_t>(p.N - column, kPanel);
+  float edge[kPanel] = {};
+#pragma GCC unroll 32
   for (int r = 0; r < Rows; ++r) {
     const float* start = k0 > 0 ? p.y + (row + r) * p.N + column : p.bias ? p.bias + column : edge;
-    if (!whole && start != edge) {
-      std::memcpy(edge, start, width * sizeof(float));
-      start = edge;
-    }
-    for (int j = 0; j < Panels; ++j)
-      for (int v = 0; v < kVecs; ++v) acc[r][j][v] = load(start + j * kPanel + v * kWidth);
+    if (width < kPanel && start != edge) start = static_cast<float*>(std::memcpy(edge, start, width * sizeof(float)));
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = load(start + v * kWidth);
   }
-  const float* x = p.x + row * p.K;
-  const float* w = p.panels + panel * p.K * kPanel;
-  for (int64_t k = k0; k < k1; ++k) {
-    Vec weight[Panels][kVecs];
-    for (int j = 0; j < Panels; ++j) {
-      const float* at = w + (j * p.K + k) * kPanel;
-      __builtin_prefetch(reinterpret_cast<const char*>(at) + kAheadBytes);
-      for (int v = 0; v < kVecs; ++v) weight[j][v] = load(at + v * kWidth);
-    }
+  const float* w = p.panels + (panel * p.K + k0) * kPanel;
+  x += k0 * Rows;
+  for (int64_t k = k0; k < k1; ++k, w += kPanel, x += Rows) {
+    if (lines-- > 0) __builtin_prefetch(ahead);
+    ahead += kPanel;
+    Vec weight[kVecs];
+    for (int v = 0; v < kVecs; ++v) weight[v] = load(w + v * kWidth);
+#pragma GCC unroll 32
     for (int r = 0; r < Rows; ++r) {
-      const Vec value = splat(x[r * p.K + k]);
-      for (int j = 0; j < Panels; ++j)
-        for (int v = 0; v < kVecs; ++v) acc[r][j][v] = fma(value, weight[j][v], acc[r][j][v]);
+      const Vec value = splat(x[r]);
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(value, weight[v], acc[r][v]);
     }
   }
+#pragma GCC unroll 32
   for (int r = 0; r < Rows; ++r) {
     float* out = p.y + (row + r) * p.N + column;
-    float* to = whole ? out : edge;
-    for (int j = 0; j < Panels; ++j)
-      for (int v = 0; v < kVecs; ++v) store(to + j * kPanel + v * kWidth, acc[r][j][v]);
-    if (!whole) std::memcpy(out, edge, width * sizeof(float));
+    float* to = width < kPanel ? edge : out;
+    for (int v = 0; v < kVecs; ++v) store(to + v * kWidth, acc[r][v]);
+    if (width < kPanel) std::memcpy(out, edge, width * sizeof(float));
   }
 }
 
-using Tile = void (*)(const Problem&, int64_t, int64_t, int64_t, int64_t);
+using Tile = decltype(&tile<1>);
 
-template <int Panels, int... Rows>
-Tile pick(int rows, std::integer_sequence<int, Rows...>) {
-  static constexpr Tile tiles[] = {tile<Rows + 1, Panels>...};
+template <int... Rows>
+Tile pick(int64_t rows, std::integer_sequence<int, Rows...>) {
+  static constexpr Tile tiles[] = {tile<Rows + 1>...};
   return tiles[rows - 1];
 }
 
-// Rows row0 .. row1 - 1 of the panels panel0 .. panel1 - 1.
-void region(const Problem& p, int64_t row0, int64_t row1, int64_t panel0, int64_t panel1) {
-  const int64_t tiles = (row1 - row0 + kRows - 1) / kRows;
-  const int64_t block = tiles == 1 ? p.K : kBlockK;
-  for (int64_t k0 = 0; k0 < p.K; k0 += block) {
-    const int64_t k1 = std::min(p.K, k0 + block);
-    for (int64_t panel = panel0; panel < panel1;) {
-      const int count = panel + kPanels <= panel1 ? kPanels : 1;
-      int64_t row = row0;
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int rows = static_cast<int>((row1 - row + tiles - t - 1) / (tiles - t));
-        constexpr auto sizes = std::make_integer_sequence<int, kRows>{};
-        (count == 1 ? pick<1>(rows, sizes) : pick<kPanels>(rows, sizes))(p, row, panel, k0, k1);
-        row += rows;
+// Tiles tile0 .. tile1 - 1 of one panel over k0 .. k1 - 1. Each asks for its share of the weights that come next.
+void block(const Problem& p, const float* packed, int64_t tile0, int64_t tile1, int64_t panel, int64_t k0, int64_t k1,
+           const float* ahead) {
+  const int64_t tiles = tile1 - tile0;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t row = p.first_row(tile0 + t), rows = p.first_row(tile0 + t + 1) - row;
+    const int64_t from = (k1 - k0) * t / tiles, to = (k1 - k0) * (t + 1) / tiles;
+    pick(rows, std::make_integer_sequence<int, kRows>{})(p, packed + row * p.K, row, panel, k0, k1,
+                                                         ahead + from * kPanel, to - from);
+  }
+}
+
+// Tiles tile0 .. tile1 - 1 of the panels panel0 .. panel1 - 1. With one tile a panel is read once, from end to end.
+// With several, a block of kBlockK values of a panel stays in the first-level cache while they use it, and the x block
+// of all of them in the second-level cache: all of x if it is small, else the kBlockK columns that every panel needs.
+void region(const Problem& p, const float* packed, int64_t tile0, int64_t tile1, int64_t panel0, int64_t panel1) {
+  const int64_t rows = p.first_row(tile1) - p.first_row(tile0);
+  const int64_t step = tile1 - tile0 == 1 ? p.K : kBlockK;
+  const auto at = [&](int64_t panel, int64_t k) { return p.panels + (panel * p.K + k) * kPanel; };
+  if (rows * p.K <= kSmallX || step == p.K) {
+    for (int64_t panel = panel0; panel < panel1; ++panel) {
+      for (int64_t k0 = 0; k0 < p.K; k0 += step) {
+        const int64_t k1 = std::min(p.K, k0 + step);
+        block(p, packed, tile0, tile1, panel, k0, k1, at(panel, step == p.K ? kAhead : k1));
       }
-      panel += count;
     }
+    return;
+  }
+  for (int64_t k0 = 0; k0 < p.K; k0 += step) {
+    const int64_t k1 = std::min(p.K, k0 + step);
+    for (int64_t panel = panel0; panel < panel1; ++panel)
+      block(p, packed, tile0, tile1, panel, k0, k1, at(panel + 1, k0));
+  }
+}
+
+// The rows of a tile, so that the values of one k lie side by side.
+void pack(const Problem& p, int64_t tile, float* packed) {
+  constexpr int64_t kRun = 64;  // k values: what is written stays in the first-level cache
+  const int64_t row = p.first_row(tile), rows = p.first_row(tile + 1) - row;
+  const float* from = p.x + row * p.K;
+  float* to = packed + row * p.K;
+  for (int64_t k0 = 0; k0 < p.K; k0 += kRun) {
+    const int64_t k1 = std::min(p.K, k0 + kRun);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t k = k0; k < k1; ++k) to[k * rows + r] = from[r * p.K + k];
   }
 }
 
 void run(ffi::ThreadPool& pool, const Problem& p) {
+  if (p.M == 0 || p.N == 0) return;
+  std::unique_ptr<float[]> storage(p.M == 1 ? nullptr : new float[p.M * p.K]);
+  const float* packed = p.M == 1 ? p.x : storage.get();
+  if (p.M * p.K >= kPackedTogether) {
+    parallel_for(pool, p.num_tiles(), [&](int64_t t) { pack(p, t, storage.get()); });
+  } else if (p.M > 1) {
+    for (int64_t t = 0; t < p.num_tiles(); ++t) pack(p, t, storage.get());
+  }
   const int64_t panels = (p.N + kPanel - 1) / kPanel;
-  const int64_t row_blocks = (p.M + kBlockRows - 1) / kBlockRows;
-  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  const int64_t wanted = std::max<int64_t>(1, threads * 4 / row_blocks);
-  int64_t span = (panels + wanted - 1) / wanted;
-  span = (span + kPanels - 1) / kPanels * kPanels;
-  const int64_t spans = (panels + span - 1) / span;
+  const int64_t row_blocks = (p.num_tiles() + kBlockTiles - 1) / kBlockTiles;
+  const int64_t wanted = std::max<int64_t>(1, pool.num_threads() * 4 / row_blocks);
+  const int64_t span = (panels + wanted - 1) / wanted, spans = (panels + span - 1) / span;
   parallel_for(pool, spans * row_blocks, [&](int64_t item) {
-    const int64_t row0 = item / spans * kBlockRows, panel0 = item % spans * span;
-    region(p, row0, std::min(p.M, row0 + kBlockRows), panel0, std::min(panels, panel0 + span));
+    const int64_t tile0 = item / spans * kBlockTiles, panel0 = item % spans * span;
+    region(p, packed, tile0, std::min(p.num_tiles(), tile0 + kBlockTiles), panel0, std::min(panels, panel0 + span));
   });
 }
 
