@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -58,6 +59,17 @@ class ChatTemplate:
             self._environment.add_template("tools", _plain_tags(tool_source if tool_source is not None else source))
         except minijinja.TemplateError as error:
             raise TemplateError(_explain(error)) from None
+
+    @functools.cached_property
+    def takes_parts(self) -> bool:
+        """Whether the template renders a content that is a list of parts, found by trying."""
+        word = "jaxcept0part"
+        try:
+            text = self.render([{"role": "user", "content": [{"type": "text", "text": word}]}])
+        except TemplateError:
+            return False
+        before, found, _ = text.partition(word)
+        return bool(found) and before[-1:] not in ("'", '"')  # in quotes the list was printed as it is
 
     def render(
         self,

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxcept.text.control import ControlTokens
 from jaxcept.text.folder import TextFiles, read_text_files
+from jaxcept.text.messages import plain_messages
 from jaxcept.text.pieces import PieceKind, Pieces
 from jaxcept.text.returned import CallLike, PlainFormat, returned_text
 from jaxcept.text.stream import StreamDecoder, TokenTexts
@@ -109,11 +110,12 @@ class Tokenizer:
         allow_special: bool = False,
         **kwargs: Any,
     ) -> list[int]:
-        """Ids of a conversation. The template's control tokens are control tokens; those that messages or tools spell
-        are text, unless `allow_special`. Raises TemplateError."""
+        """Ids of a conversation, in the OpenAI form. The template's control tokens are control tokens; those that
+        messages or tools spell are text, unless `allow_special`. Raises TemplateError, naming the field at fault."""
         template = self.chat_template
         if template is None:
             raise TemplateError("the model has no chat template; give a prompt as text, or a template")
+        messages = plain_messages(messages, template.takes_parts)
         if allow_special or not (self.control.is_changed(messages) or self.control.is_changed(tools)):
             return self.encode(template.render(messages, tools, add_generation_prompt, **kwargs), False)
         marked = [self.control.mark_message(message) for message in messages]
