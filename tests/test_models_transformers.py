@@ -97,6 +97,17 @@ def test_native_prompt_logits(twins: Callable[[str], Twins], name: str) -> None:
     assert_close(run_prompt(native, ids), pair.expected(ids))
 
 
+@pytest.mark.parametrize("family", ["gptj", "qwen3"])
+def test_native_bits_do_not_depend_on_the_batch(twins: Callable[[str], Twins], family: str) -> None:
+    model = load_model(twins(family).folder, implementation=Implementation.NATIVE)
+    ids = prompt(40)
+    whole = run_prompt(model, ids)
+    for tokens in (1, 7):
+        alone = PagedRun(model, tokens=tokens)
+        parts = [alone.step({2: ids[start : start + tokens]})[2] for start in range(0, len(ids), tokens)]
+        assert np.array_equal(np.concatenate(parts), whole)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chunks_and_decode_steps_continue_as_transformers_generates(twins: Callable[[str], Twins], family: str) -> None:
     pair, ids = twins(family), prompt(45, seed=1)

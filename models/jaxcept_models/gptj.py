@@ -19,7 +19,7 @@ class GPTJLayer(nnx.Module):
     """Attention and MLP of the same normed input, both added to the residual."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation) -> None:
-        self.norm = LayerNorm(config.hidden_size, config.norm_eps, dtype)
+        self.norm = LayerNorm(config.hidden_size, config.norm_eps, dtype, implementation)
         self.attention = Attention(config, dtype, implementation)
         self.mlp = MLP(config, dtype)
 
@@ -44,7 +44,7 @@ class GPTJ(nnx.Module):
         self.rope = config.rope
         self.embedding = Embedding(config, dtype, tied=False)
         self.layers = nnx.List([GPTJLayer(config, dtype, implementation) for _ in range(config.num_layers)])
-        self.norm = LayerNorm(config.hidden_size, config.norm_eps, dtype)
+        self.norm = LayerNorm(config.hidden_size, config.norm_eps, dtype, implementation)
         self.head = Linear(config.hidden_size, config.vocab_size, dtype, bias=True)
 
     def __call__(

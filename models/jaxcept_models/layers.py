@@ -93,16 +93,38 @@ class Embedding(nnx.Module):
         return linear(hidden, table.T if table.ndim == 2 else table, out_features=self.vocab_size)
 
 
+def _mean(
+    x: jax.Array,  # [..., width] float32
+    implementation: Implementation,
+) -> jax.Array:
+    """The mean over the last axis, which stays: [..., 1].
+
+    XLA's reduction on the CPU picks its order by the size of the batch. The native kernels keep a token's bits free of
+    who shares its batch, so beside them the order is spelled out: halves added to halves.
+    """
+    width = x.shape[-1]
+    if implementation is not Implementation.NATIVE:
+        return jnp.mean(x, axis=-1, keepdims=True)
+    while x.shape[-1] % 2 == 0:
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    total = x[..., :1]
+    for i in range(1, x.shape[-1]):
+        total = total + x[..., i : i + 1]
+    return total / width
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) · scale over the last axis, in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
-    def __init__(self, width: int, eps: float, dtype: jnp.dtype) -> None:
+    def __init__(self, width: int, eps: float, dtype: jnp.dtype, implementation: Implementation) -> None:
         self.scale = Scale(jnp.ones(width, dtype))
         self.eps = eps
+        self.implementation = implementation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        normed = wide * jax.lax.rsqrt(_mean(jnp.square(wide), self.implementation) + self.eps)
         scale = self.scale[...].astype(jnp.float32)
         result: jax.Array = (normed * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
         return result
@@ -111,18 +133,19 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """(x - mean) / deviation · scale + bias over the last axis, in float32."""
 
-    def __init__(self, width: int, eps: float, dtype: jnp.dtype) -> None:
+    def __init__(self, width: int, eps: float, dtype: jnp.dtype, implementation: Implementation) -> None:
         self.scale = Scale(jnp.ones(width, dtype))
         self.bias = Bias(jnp.zeros(width, dtype))
         self.eps = eps
+        self.implementation = implementation
 
     def __call__(
         self,
         x: jax.Array,  # [tokens, width]
     ) -> jax.Array:
         wide = x.astype(jnp.float32)
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+        centred = wide - _mean(wide, self.implementation)
+        normed = centred * jax.lax.rsqrt(_mean(jnp.square(centred), self.implementation) + self.eps)
         scale, bias = self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
         result: jax.Array = (normed * scale[None, :] + bias[None, :]).astype(x.dtype)
         return result
@@ -143,8 +166,8 @@ class Attention(nnx.Module):
             config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * dim, dtype, bias=config.qkv_bias
         )
         self.output = Linear(config.num_heads * dim, config.hidden_size, dtype, bias=config.output_bias)
-        self.q_norm = RMSNorm(dim, config.norm_eps, dtype) if config.qk_norm else None
-        self.k_norm = RMSNorm(dim, config.norm_eps, dtype) if config.qk_norm else None
+        self.q_norm = RMSNorm(dim, config.norm_eps, dtype, implementation) if config.qk_norm else None
+        self.k_norm = RMSNorm(dim, config.norm_eps, dtype, implementation) if config.qk_norm else None
 
     def __call__(
         self,

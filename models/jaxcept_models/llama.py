@@ -19,9 +19,9 @@ class LlamaLayer(nnx.Module):
     """Attention, then the gated MLP, each on a normed input and added to the residual."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation) -> None:
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, implementation)
         self.attention = Attention(config, dtype, implementation)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, implementation)
         self.mlp = GatedMLP(config, dtype)
 
     def __call__(
@@ -46,7 +46,7 @@ class Llama(nnx.Module):
         tied = config.tie_word_embeddings
         self.embedding = Embedding(config, dtype, tied=tied)
         self.layers = nnx.List([LlamaLayer(config, dtype, implementation) for _ in range(config.num_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, implementation)
         self.head = None if tied else Linear(config.hidden_size, config.vocab_size, dtype)
 
     def __call__(

@@ -128,7 +128,11 @@ def rotary_tables(
     """Cosines and sines of every position, in float32 whatever the model's dtype."""
     angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(inverse_frequencies(rope))[None, :]
     amplitude = rope.scaling.attention_factor if isinstance(rope.scaling, YarnScaling) else 1.0
-    return RotaryTables(jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude)
+    # XLA fuses cosines and sines into every use, so computes them for every head of every layer. It fuses no product
+    # of matrices into its uses, and one with the identity is exact.
+    identity = jnp.eye(rope.rotary_dim // 2, dtype=jnp.float32)
+    cos, sin = (jnp.dot(part(angles), identity, precision=jax.lax.Precision.HIGHEST) for part in (jnp.cos, jnp.sin))
+    return RotaryTables(cos * amplitude, sin * amplitude)
 
 
 def rotate(
