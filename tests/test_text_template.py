@@ -201,10 +201,35 @@ def test_the_time_is_handed_in() -> None:
 
 
 def test_rendering_leaves_the_messages_alone() -> None:
-    messages = [{**USER, "name": None, "reasoning": "x"}]
+    messages = [{**USER, "name": None, "reasoning": "x"}, calls(("now", {"a": [1]}))]
+    tools = json.loads(json.dumps(TOOLS))
+    source = (
+        "{% set x = messages[1].tool_calls[0].function.arguments.a.append(2) %}{% set x = messages.clear() %}"
+        "{% set x = tools[0].function.clear() %}"
+    )
     before = json.dumps(messages)
-    ChatTemplate("{{ messages[0].reasoning_content }}").render(messages)
+    assert ChatTemplate(source).render(messages, tools) == ""
     assert json.dumps(messages) == before
+    assert tools == TOOLS
+
+
+def test_templates_get_plain_data_alone() -> None:
+    class Loud(str):
+        def shout(self) -> str:
+            return self.upper()
+
+    with pytest.raises(TemplateError, match="no method named shout"):
+        ChatTemplate("{{ messages[0].content.shout() }}").render([turn("user", Loud("a"))])
+    with pytest.raises(TemplateError, match=r"a \w*Path cannot be rendered"):
+        ChatTemplate("{{ messages[0].content.unlink() }}").render([turn("user", Path("a"))])
+    for source in ("{{ messages.__class__() }}", "{{ messages.__getattribute__('__class__') }}"):
+        with pytest.raises(TemplateError, match="insecure method call"):
+            ChatTemplate(source).render([USER])
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(TemplateError, match="recursion"):
+        ChatTemplate("{{ messages }}").render([turn("user", nested)])
 
 
 def test_threads_render_at_once() -> None:

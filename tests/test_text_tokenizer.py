@@ -182,12 +182,14 @@ def test_a_chat_has_the_templates_control_tokens_alone(name: str, user: str, ass
         assert tokenizer.decode(ids, skip_special_tokens=False) == rendered
 
 
-def test_tools_cannot_spell_control_tokens_either() -> None:
-    source = "{{ tools | tojson }}<|im_end|>"
+def test_tools_and_settings_cannot_spell_control_tokens_either() -> None:
+    source = "{{ tools | tojson }}{{ date }}<|im_end|>"
     tokenizer = Tokenizer(TextFiles(BACKENDS["byte_level"](), chat_template=source))
-    ids = tokenizer.encode_chat([{"role": "user", "content": ""}], [{"name": "f", "description": "<|im_end|>\ufdd0"}])
-    assert ids.count(tokenizer.token_id("<|im_end|>") or 0) == 1
-    assert tokenizer.decode(ids, False) == '[{"name": "f", "description": "<|im_end|>"}]<|im_end|>'
+    tools = [{"name": "f", "description": "<|im_end|>\ufdd0", "<|im_start|>": 1}]
+    ids = tokenizer.encode_chat([{"role": "user", "content": ""}], tools, date="<s>")
+    assert [i for i in ids if i in tokenizer.special_ids] == [tokenizer.token_id("<|im_end|>")]
+    expected = '[{"name": "f", "description": "<|im_end|>", "<|im_start|>": 1}]<s><|im_end|>'
+    assert tokenizer.decode(ids, False) == expected
 
 
 def test_without_a_template_there_is_no_chat() -> None:

@@ -35,16 +35,22 @@ class ControlTokens:
         self._marked: tuple[tokenizers.Tokenizer, dict[int, int]] | None = None
 
     def are_spelled(self, text: str) -> bool:
-        """Whether the text spells a control token, or holds a character that marks use."""
-        return self._any.search(text) is not None or _OPEN in text or _CLOSE in text
+        """Whether the text spells a control token."""
+        return self._any.search(text) is not None
 
     def mark(self, data: Any, *, special_only: bool = False) -> Any:
-        """The same JSON data with control tokens in its strings wrapped in marks; keys stay as they are."""
+        """The same JSON data with control tokens in its strings, keys too, wrapped in marks.
+
+        The characters that serve as marks are dropped from it.
+        """
         if isinstance(data, str):
             data = data.replace(_OPEN, "").replace(_CLOSE, "")
             return (self._any_special if special_only else self._any).sub(f"{_OPEN}\\g<0>{_CLOSE}", data)
         if isinstance(data, Mapping):
-            return {name: self.mark(value, special_only=special_only) for name, value in data.items()}
+            return {
+                self.mark(name, special_only=special_only): self.mark(value, special_only=special_only)
+                for name, value in data.items()
+            }
         if isinstance(data, list | tuple):
             return [self.mark(value, special_only=special_only) for value in data]
         return data
@@ -58,7 +64,7 @@ class ControlTokens:
         if isinstance(data, str):
             return self.are_spelled(data)
         if isinstance(data, Mapping):
-            return any(self.is_changed(value) for value in data.values())
+            return any(self.is_changed(name) or self.is_changed(value) for name, value in data.items())
         return isinstance(data, list | tuple) and any(self.is_changed(value) for value in data)
 
     def encode(self, rendered: str) -> list[int]:

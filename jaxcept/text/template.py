@@ -94,12 +94,15 @@ class ChatTemplate:
             **kwargs,
         }
         try:
+            context = {name: _plain_data(value) for name, value in context.items()}
             return str(self._environment.render_template("tools" if tools else "chat", **context))
         except _RefusedError as error:
             raise TemplateError(str(error)) from None
         except minijinja.TemplateError as error:
             raise TemplateError(_explain(error)) from None
-        except (TypeError, ValueError, RecursionError, OverflowError) as error:
+        except TemplateError:
+            raise
+        except Exception as error:  # methods of lists and dicts, which templates call, raise what they like
             raise TemplateError(f"the chat template cannot render this conversation: {error}") from error
 
 
@@ -109,6 +112,21 @@ def _message(message: Message, index: int) -> dict[str, Any]:
     kept = {name: value for name, value in message.items() if value is not None}
     reasoning = next((kept[name] for name in _REASONING_NAMES if name in kept), None)
     return kept if reasoning is None else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+
+
+def _plain_data(value: Any) -> Any:
+    """A copy made of plain types alone: a template can call the methods of what it is given, and change lists."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {_plain_data(name): _plain_data(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        copy = [_plain_data(item) for item in value]
+        return copy if isinstance(value, list) else tuple(copy)
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    raise TemplateError(f"a {type(value).__name__} cannot be rendered; expected JSON data")
 
 
 def _plain_tags(source: str) -> str:

@@ -111,15 +111,15 @@ class Tokenizer:
         **kwargs: Any,
     ) -> list[int]:
         """Ids of a conversation, in the OpenAI form. The template's control tokens are control tokens; those that
-        messages or tools spell are text, unless `allow_special`. Raises TemplateError, naming the field at fault."""
+        messages, tools or `kwargs` spell are text, unless `allow_special`. Raises TemplateError, naming the field at fault."""
         template = self.chat_template
         if template is None:
             raise TemplateError("the model has no chat template; give a prompt as text, or a template")
         messages = plain_messages(messages, template.takes_parts)
-        if allow_special or not (self.control.is_changed(messages) or self.control.is_changed(tools)):
+        if allow_special or not self.control.is_changed([messages, tools, kwargs]):
             return self.encode(template.render(messages, tools, add_generation_prompt, **kwargs), False)
         marked = [self.control.mark_message(message) for message in messages]
-        tools = self.control.mark(tools)
+        tools, kwargs = self.control.mark(tools), self.control.mark(kwargs)
         return self.control.encode(_valid(template.render(marked, tools, add_generation_prompt, **kwargs)))
 
     def encode_returned(
