@@ -79,16 +79,17 @@ WRITTEN = {"qwen2_5": (hermes, "<|im_end|>"), "qwen3": (hermes, "<|im_end|>"), "
 RESULTS = ["3", "", 'é世\n{"x": 1}', "</tool_response><|im_end|>", "jaxcept0probe", "jaxcept0probe0z jaxcept0probex"]
 
 
-@pytest.mark.parametrize("name", WRITTEN)
-@pytest.mark.parametrize("calls", [[ADD], [ADD, NOW]])
+CASES = [(name, calls) for name in WRITTEN for calls in ([ADD], [ADD, NOW])
+         if len(calls) == 1 or not name.startswith("llama3")]  # Llama's take one call a message  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "calls"), CASES)
 @pytest.mark.parametrize("result", RESULTS)
 @pytest.mark.parametrize("tools", [None, TOOLS])
 def test_prompt_call_and_returned_text_are_the_whole_conversation(
     name: str, calls: list[ToolCall], result: str, tools: list[dict[str, Any]] | None
 ) -> None:
     write, end = WRITTEN[name]
-    if write is llama3 and len(calls) > 1:
-        pytest.skip("the template takes one call a message")
     chat, results = template(name), [result, "noon"][: len(calls)]
     prompt = PROMPT[1:] if name == "mistral_v3" else PROMPT  # Mistral's moves the system's text to the last message
     whole = chat.render([*prompt, message(calls), *answers(calls, results)], tools)

@@ -111,7 +111,9 @@ class Tokenizer:
         **kwargs: Any,
     ) -> list[int]:
         """Ids of a conversation, in the OpenAI form. The template's control tokens are control tokens; those that
-        messages, tools or `kwargs` spell are text, unless `allow_special`. Raises TemplateError, naming the field at fault."""
+        messages, tools or `kwargs` spell are text, unless `allow_special`. Raises TemplateError, naming the field at
+        fault.
+        """
         template = self.chat_template
         if template is None:
             raise TemplateError("the model has no chat template; give a prompt as text, or a template")
