@@ -320,19 +320,32 @@ def test_an_abort_at_any_moment_leaves_nothing_behind(moment: str):
 
 
 def test_a_later_intercepted_context_yields_before_an_earlier_running_one_is_preempted():
-    rig = Rig(num_blocks=5, block_size=4, enable_prefix_caching=False)
+    rig = Rig(num_blocks=7, block_size=4, enable_prefix_caching=False)
     rig.add("early", range(7), max_tokens=9)
+    rig.add("later", range(30, 37), max_tokens=4)
     late = rig.add("late", range(50, 58), scripted(1), max_tokens=5)
     until_intercepted(rig)
-    assert rig.scheduler.num_held_blocks == 4
-    while rig.scheduler.num_held_blocks < 5:
+    assert rig.scheduler.num_held_blocks == 6
+    while rig.scheduler.counters.generated_tokens < 10:
         rig.step()
-    while rig.scheduler.counters.generated_tokens < 9:
-        rig.step()
-    assert rig.scheduler.counters.preemptions == 0
+    assert rig.scheduler.counters.preemptions == 0 and rig.scheduler.num_running == 1
     rig.engine.resume(late, ())
     rig.run()
+    assert rig.scheduler.counters.preemptions == 0
     (record,) = next(event for event in rig.told(Finished) if event.seq_id == late).interceptions
+    assert (record.residency, record.num_recomputed) == (Residency.MIXED, 4)
+
+
+def test_the_only_one_that_runs_takes_from_an_earlier_idle_context_rather_than_yield_itself():
+    rig = Rig(num_blocks=5, block_size=4, enable_prefix_caching=False)
+    early = rig.add("early", range(12), scripted(1), max_tokens=5)
+    until_intercepted(rig)
+    rig.add("late", range(50, 57), max_tokens=4)
+    rig.run()
+    assert rig.scheduler.counters.preemptions == 0 and rig.scheduler.num_held_blocks == 2
+    rig.engine.resume(early, ())
+    rig.run()
+    (record,) = rig.told(Finished)[1].interceptions
     assert (record.residency, record.num_recomputed) == (Residency.MIXED, 4)
 
 

@@ -54,6 +54,15 @@ def test_blocks_that_the_same_step_computes_are_not_found(depth: int):
     assert [chunk.start for chunk in rig.step().chunks] == [0, 0]
 
 
+def test_a_prompt_is_found_as_soon_as_a_submitted_step_computes_it():
+    rig = Rig(depth=1)
+    rig.add("first", (*PROMPT, 98), max_tokens=9)
+    rig.step()
+    rig.add("second", (*PROMPT, 99), max_tokens=1)
+    plan = rig.step()
+    assert plan.decodes.positions == (13,) and plan.chunks[0].start == 12
+
+
 def test_salts_keep_tenants_apart():
     rig = Rig()
     for name, salt in (("a", "red"), ("b", "blue"), ("c", "red")):
