@@ -161,7 +161,8 @@ def report(rows: list[Row], save: Path | None) -> None:
         table.add_column(column, justify="right")
     for row in rows:
         medians = (statistics.median(row.jaxcept), statistics.median(row.transformers))
-        table.add_row(str(row.batch), f"{medians[0]:.0f}", f"{medians[1]:.0f}", f"{row.ratio:.2f}", str(row.same_tokens))
+        rates = [f"{median:.0f}" for median in medians]
+        table.add_row(str(row.batch), *rates, f"{row.ratio:.2f}", str(row.same_tokens))
     Console().print(table)
     if save is not None:
         versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
@@ -172,9 +173,10 @@ def report(rows: list[Row], save: Path | None) -> None:
             "date": time.strftime("%Y-%m-%d"),
             "versions": versions,
             "rows": [
-                {"batch": r.batch, "jaxcept": r.jaxcept, "transformers": r.transformers, "ratio": r.ratio,
-                 "same_tokens": r.same_tokens} for r in rows
-            ],  # fmt: skip
+                {"batch": r.batch, "jaxcept": r.jaxcept, "transformers": r.transformers, "ratio": r.ratio}
+                | {"same_tokens": r.same_tokens}
+                for r in rows
+            ],
         }
         save.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -20,7 +20,7 @@ from jaxcept.scheduler.params import InterceptParams, SamplingParams, ScriptedTr
 from jaxcept.scheduler.policy import Discard, Preserve
 from jaxcept.scheduler.request import Request
 from jaxcept.scheduler.scheduler import Scheduler
-from tests.checkpoints import FAMILIES, build_checkpoint
+from checkpoints import FAMILIES, build_checkpoint
 
 IMPLEMENTATIONS = [Implementation.XLA, *([Implementation.NATIVE] if native_available() else [])]
 NUM_NEW = 128

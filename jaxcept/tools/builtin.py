@@ -5,6 +5,7 @@ repeat to its user; it starts with one short clause, and what helps further foll
 """
 
 import ast
+import math
 import operator
 from collections.abc import Callable
 from fractions import Fraction
@@ -235,7 +236,7 @@ def format_number(value: Fraction) -> str:
 def _evaluate(node: ast.expr) -> Fraction:
     match node:
         case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-            result = Fraction(str(number)) if number == number and abs(number) != float("inf") else None
+            result = Fraction(str(number)) if math.isfinite(number) else None
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             result = -_evaluate(operand)
         case ast.UnaryOp(op=ast.UAdd(), operand=operand):
@@ -276,3 +277,6 @@ def _num_bits(value: Fraction) -> int:
 def _clip(text: str) -> str:
     """A user's text, quoted and short enough for an error message."""
     return repr(text if len(text) <= 40 else text[:40] + "…")
+
+
+TOOLS = (calculator, lookup, convert)

@@ -1,0 +1,258 @@
+"""`jaxcept`: generate, chat, models."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import jaxcept
+from jaxcept.config import POLICIES, shipped_model
+from jaxcept.llm import LLM
+from jaxcept.outputs import RequestOutput
+from jaxcept.scheduler.params import SamplingParams
+from jaxcept.tools.definition import Tool
+from jaxcept.tools.parsers import PARSERS
+from jaxcept_models.config import read_config
+from jaxcept_models.model import ARCHITECTURES
+from jaxcept_serve.load_tools import load_tools
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit status: 0, or 2 where the user's input was wrong."""
+    args = make_parser().parse_args(argv)
+    if args.command is None:
+        make_parser().print_help()
+        return 2
+    try:
+        status: int = args.run(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"jaxcept {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(prog="jaxcept", description="LLM inference for generations that use tools.")
+    parser.add_argument("--version", action="version", version=f"jaxcept {jaxcept.__version__}")
+    commands = parser.add_subparsers(dest="command")
+    generate = commands.add_parser("generate", help="complete prompts", description="Completes prompts.")
+    generate.add_argument("prompts", nargs="*", help="prompts; none: one a line from standard input")
+    generate.add_argument("--json", action="store_true", help="one JSON object a line, with tokens and interceptions")
+    generate.set_defaults(run=run_generate)
+    chat = commands.add_parser("chat", help="talk to a model", description="Talks to a model; /quit ends it.")
+    chat.add_argument("--system", help="system prompt")
+    chat.set_defaults(run=run_chat)
+    for command in (generate, chat):
+        add_engine_flags(command)
+        add_sampling_flags(command)
+    models = commands.add_parser("models", help="supported architectures, or what a folder holds")
+    models.add_argument("folder", nargs="?", type=Path)
+    models.set_defaults(run=run_models)
+    return parser
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of EngineConfig, by the names that users of vLLM know."""
+    group = parser.add_argument_group("engine")
+    group.add_argument("--model", help="Hugging Face folder (default: the small model that comes with jaxcept)")
+    group.add_argument("--tokenizer", help="folder of the tokenizer (default: the model's)")
+    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    group.add_argument("--load-format", default="auto", choices=["auto", "dummy"])
+    group.add_argument("--max-model-len", type=int)
+    group.add_argument("--max-num-seqs", type=int)
+    group.add_argument("--max-num-batched-tokens", type=int)
+    group.add_argument("--block-size", type=int, default=16)
+    group.add_argument("--gpu-memory-utilization", type=float, default=0.9, dest="memory_utilization")
+    group.add_argument(
+        "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="(default: on)"
+    )
+    group.add_argument("--intercept-policy", default="preserve", choices=POLICIES)
+    group.add_argument("--chat-template", help="file of a chat template, or the template itself")
+    group.add_argument("--tool-call-parser", default="auto", choices=["auto", *PARSERS])
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument(
+        "--tools",
+        action="append",
+        metavar="MODULE[:NAME]",
+        help="Python module or file whose @tool functions the model may call; may be repeated (default: the built-in "
+        "tools for the shipped model, none for others); 'none' for none",
+    )
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of SamplingParams."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, default=256)
+    group.add_argument("--temperature", type=float, default=0.0)
+    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument("--top-k", type=int, default=0)
+    group.add_argument("--min-p", type=float, default=0.0)
+    group.add_argument("--n", type=int, default=1)
+    group.add_argument("--stop", action="append", default=[])
+
+
+def make_llm(args: argparse.Namespace) -> LLM:
+    """The engine that the flags ask for."""
+    names = (
+        "tokenizer", "dtype", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
+        "memory_utilization", "enable_prefix_caching", "intercept_policy", "chat_template", "tool_call_parser", "seed",
+    )  # fmt: skip
+    return LLM(args.model, **{name: getattr(args, name) for name in names})
+
+
+def make_sampling(args: argparse.Namespace) -> SamplingParams:
+    """The sampling parameters that the flags ask for."""
+    return SamplingParams(
+        n=args.n,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        max_tokens=args.max_tokens,
+        stop=args.stop,
+        seed=args.seed,
+    )
+
+
+def make_tools(args: argparse.Namespace) -> list[Tool | Callable[..., Any]] | None:
+    """The tools that the flags name; None for none."""
+    if args.tools is None:
+        return load_tools("jaxcept.tools.builtin") if args.model is None else None
+    return [tool for spec in args.tools if spec != "none" for tool in load_tools(spec)] or None
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """`jaxcept generate`."""
+    prompts = args.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise ValueError("no prompts: expected some as arguments, or one a line on standard input")
+    params, tools = make_sampling(args), make_tools(args)
+    outputs = make_llm(args).generate(prompts, params, tools=tools)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        print(json.dumps(as_record(prompt, output), ensure_ascii=False) if args.json else as_text(prompt, output))
+    return 0
+
+
+def as_record(prompt: str, output: RequestOutput) -> dict[str, Any]:
+    """One request as JSON."""
+    return {
+        "prompt": prompt,
+        "completions": [
+            {
+                "text": completion.text,
+                "answer": completion.answer,
+                "token_ids": completion.token_ids,
+                "finish_reason": completion.finish_reason,
+                "interceptions": [
+                    {
+                        "calls": [
+                            {"name": c.name, "arguments": c.arguments, "result": c.result, "is_error": c.is_error}
+                            for c in each.calls
+                        ],
+                        "duration_s": each.duration_s,
+                        "context": each.residency,
+                        "num_recomputed": each.num_recomputed,
+                    }
+                    for each in completion.interceptions
+                ],
+            }
+            for completion in output.outputs
+        ],
+    }
+
+
+def as_text(prompt: str, output: RequestOutput) -> str:
+    """One request for a person to read."""
+    lines = [f"> {prompt}"]
+    for completion in output.outputs:
+        for each in completion.interceptions:
+            for call in each.calls:
+                arguments = ", ".join(f"{name}={value!r}" for name, value in call.arguments.items())
+                lines.append(f"  {call.name}({arguments}) → {call.result}")
+        lines.append(completion.answer if completion.interceptions else completion.text)
+    return "\n".join(lines)
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    """`jaxcept chat`."""
+    params, tools, llm = make_sampling(args), make_tools(args), make_llm(args)
+    console = Console()
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    messages: list[dict[str, Any]] = list(system)
+    while True:
+        try:
+            text = console.input("[bold]> [/bold]")
+        except EOFError:
+            return 0
+        if text.strip() == "/quit":
+            return 0
+        if text.strip() == "/clear":
+            messages = list(system)
+        elif text.strip():
+            messages.append({"role": "user", "content": text})
+            answer = answer_turn(llm, messages, params, tools, console)
+            messages.append({"role": "assistant", "content": answer})
+
+
+def answer_turn(
+    llm: LLM,
+    messages: list[dict[str, Any]],
+    params: SamplingParams,
+    tools: list[Tool | Callable[..., Any]] | None,
+    console: Console,
+) -> str:
+    """Streams one turn to the console; the model's answer after its last tool call."""
+    answer = ""
+    for delta in llm.chat_stream(messages, params, tools=tools):
+        if delta.kind == "returned":
+            console.print(delta.text.strip(), style="dim", markup=False, highlight=False)
+        elif delta.kind == "intercepted":
+            console.print(f"\n[{delta.trigger} …]", style="dim cyan", markup=False)
+        elif delta.text:
+            console.print(delta.text, end="", markup=False, highlight=False)
+        if delta.output is not None:
+            answer = delta.output.outputs[0].answer
+    console.print()
+    return answer
+
+
+def run_models(args: argparse.Namespace) -> int:
+    """`jaxcept models`."""
+    console = Console()
+    if args.folder is not None:
+        config = read_config(args.folder)
+        table = Table(title=str(args.folder), show_header=False)
+        for name in config.__slots__:
+            table.add_row(name, str(getattr(config, name)))
+        console.print(table)
+        return 0
+    table = Table(title="supported architectures")
+    table.add_column("architecture")
+    table.add_column("models")
+    for name in ARCHITECTURES:
+        table.add_row(name, _EXAMPLES.get(name, ""))
+    console.print(table)
+    console.print(f"shipped model: {shipped_model()}", highlight=False)
+    return 0
+
+
+_EXAMPLES = {
+    "GPTJForCausalLM": "GPT-J",
+    "LlamaForCausalLM": "Llama 2, 3, 3.1, 3.2, 3.3, Vicuna",
+    "MistralForCausalLM": "Mistral",
+    "Qwen2ForCausalLM": "Qwen2, Qwen2.5",
+    "Qwen3ForCausalLM": "Qwen3",
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
