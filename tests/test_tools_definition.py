@@ -38,7 +38,7 @@ class Node(TypedDict):
 
 
 @tool
-def travel(  # noqa: PLR0917
+def travel(
     start: Place,
     unit: Unit,
     mode: Literal["car", "train"] = "car",
