@@ -66,6 +66,15 @@ def test_the_first_block_with_some_content_stays_the_one_that_is_found():
         pool.forget(second)
 
 
+def test_a_run_ends_at_the_first_digest_that_is_not_there():
+    pool = BlockPool(3)
+    blocks = [pool.allocate() for _ in range(3)]
+    pool.register(blocks[0], b"a")
+    pool.register(blocks[2], b"c")
+    assert pool.find_run([b"a", b"b", b"c"]) == [blocks[0]]
+    assert pool.find_run([b"c", b"a"]) == [blocks[2], blocks[0]]
+
+
 def test_check_sees_what_does_not_add_up():
     pool = BlockPool(2)
     block = pool.allocate()

@@ -127,6 +127,18 @@ def test_nobody_overtakes_one_that_does_not_fit():
     assert first_chunks.index(big) < first_chunks.index(small)
 
 
+def test_a_large_request_is_not_starved_by_a_stream_of_small_ones():
+    rig = Rig(num_blocks=10, block_size=4, max_num_seqs=3)
+    for i in range(3):
+        rig.add(f"before {i}", (i, 1, 2), max_tokens=6 + 2 * i)
+    rig.step()
+    big = rig.add("big", range(100, 130), max_tokens=2)
+    for i in range(60):
+        rig.add(f"after {i}", (i, 3, 4), max_tokens=3)
+        rig.step()
+    assert [event.seq_id for event in rig.told(Finished)].index(big) == 3, "all that ran before, and then it"
+
+
 def test_the_watermark_keeps_room_to_grow_while_others_run():
     rig = Rig(num_blocks=10, block_size=4, watermark=0.5)
     rig.add("a", range(6), max_tokens=3)

@@ -112,6 +112,8 @@ class World:
                     continue
             before = len(self.runner.plans), self.engine.num_in_flight, len(self.finished)
             self._watch()
+            for plan in self.runner.plans[before[0] :]:
+                assert 0 < plan.num_tokens <= self.config.max_num_batched_tokens, "over the token budget"
             idle = idle + 1 if before == (len(self.runner.plans), self.engine.num_in_flight, len(self.finished)) else 0
             assert idle < 5, "the engine has work and does none"
             assert len(self.runner.plans) < 5000, "the workload does not end"

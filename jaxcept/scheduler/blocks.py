@@ -92,6 +92,16 @@ class BlockPool:
         """The block that holds this content, held or cached."""
         return self._by_digest.get(digest)
 
+    def find_run(self, digests: Sequence[bytes]) -> list[int]:
+        """The blocks of these digests, up to the first that is not found."""
+        blocks: list[int] = []
+        for digest in digests:
+            block = self._by_digest.get(digest)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
     def num_exclusive(self, blocks: Sequence[int]) -> int:
         """How many of these blocks have this one holder."""
         return list(map(self.refs.__getitem__, blocks)).count(1)

@@ -64,13 +64,11 @@ class ContextMemory:
             return []
         if seq.num_computed < len(seq.blocks) * self.block_size:
             return []  # its last block is partly filled already
-        found: list[int] = []
-        for index in range(len(seq.blocks), (len(seq.token_ids) - 1) // self.block_size):
-            block = self.pool.find(seq.digest(index, self.block_size))
-            if block is None:
-                break
-            found.append(block)
-        return found
+        first, stop = len(seq.blocks), (len(seq.token_ids) - 1) // self.block_size
+        if stop <= first:
+            return []
+        seq.digest(stop - 1, self.block_size)  # and with it all before
+        return self.pool.find_run(seq.digests[first:stop])
 
     def adopt(self, seq: Sequence, blocks: list[int], num_computed: int) -> None:
         """Appends blocks that hold the KV of the sequence's tokens up to num_computed, and shares them."""
