@@ -20,7 +20,7 @@ class Implementation(StrEnum):
     NATIVE = "native"
 
 
-def write_kv(  # noqa: PLR0917
+def write_kv(
     pool: KVPool,
     k: jax.Array,  # [tokens, kv_heads, head_dim]
     v: jax.Array,  # [tokens, kv_heads, head_dim]
@@ -80,4 +80,4 @@ def first_row(layout: KVLayout, layer: int | jax.Array) -> jax.Array:
 
 def like(x: jax.Array) -> jax.ShapeDtypeStruct:
     """The shape and dtype of an array."""
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)  # type: ignore[no-untyped-call]
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)

@@ -48,7 +48,7 @@ def register(library: Path) -> None:
     """Makes the kernels of a compiled library known to XLA's CPU backend."""
     symbols = ctypes.CDLL(str(library))
     for name in TARGETS:
-        capsule = jax.ffi.pycapsule(getattr(symbols, name))  # type: ignore[no-untyped-call]
+        capsule = jax.ffi.pycapsule(getattr(symbols, name))
         jax.ffi.register_ffi_target(name, capsule, platform="cpu")
 
 

@@ -41,7 +41,7 @@ def linear(
         return product if bias is None else product + bias[None, :]
     out = weight.shape[0] * PANEL if out_features is None else out_features
     if x.dtype == weight.dtype == jnp.float32 and native_available():
-        result = jax.ShapeDtypeStruct((x.shape[0], out), x.dtype)  # type: ignore[no-untyped-call]
+        result = jax.ShapeDtypeStruct((x.shape[0], out), x.dtype)
         if bias is None:
             return jax.ffi.ffi_call("jaxcept_linear", result)(x, weight)
         return jax.ffi.ffi_call("jaxcept_linear_bias", result)(x, weight, bias)

@@ -75,7 +75,7 @@ class Geometry(NamedTuple):
         return self.chunk_blocks * self.layout.block_size
 
 
-def write_kv_xla(  # noqa: PLR0917
+def write_kv_xla(
     pool: KVPool,
     k: jax.Array,  # [tokens, kv_heads, head_dim]
     v: jax.Array,  # [tokens, kv_heads, head_dim]

@@ -17,11 +17,18 @@ namespace {
 
 namespace ffi = xla::ffi;
 
+constexpr int kLine = 16;       // floats of a cache line
 constexpr int kChunk = 256;     // keys merged at once
 constexpr int kTileRows = 32;   // rows (query, head of the group) that aim to share the loads of a chunk
 constexpr int kKeys = 4;        // keys of a register tile of scores
+constexpr int kStride = kChunk + kLine;  // from one row's scores to the next one's, with room for a tile's last keys
 constexpr int kValueVecs = 4;   // vectors of a register tile of weighted values
-constexpr int kLine = 16;       // floats of a cache line
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kMostRows = 4;    // rows of a register tile: 32 registers
+#else
+constexpr int kMostRows = 2;    // 16 registers
+#endif
+constexpr int64_t kAheadFloats = 1024;  // how long before its use a key or value is asked for: a block or so
 constexpr int64_t kTaskCost = 32 * 1024;  // scores worth a task of their own
 
 struct Problem {
@@ -53,8 +60,19 @@ struct Partial {
 
 // Consecutive keys that lie side by side in one block.
 struct Run {
-  int64_t offset;  // in floats from the start of the pool
+  const float *keys, *values;
   int64_t key, count;
+};
+
+// The runs of a chunk, and where to ask for memory: `early` runs before its use.
+struct Runs {
+  const Run* run;
+  int64_t count, early;
+  const float* ahead_of_keys(int64_t i) const {
+    i += early;
+    return i < count ? run[i].keys : run[std::min(i - count, count - 1)].values;
+  }
+  const float* ahead_of_values(int64_t i) const { return run[std::min(i + early, count - 1)].values; }
 };
 
 int64_t find_runs(const Problem& p, const Tile& tile, int64_t head, int64_t key0, int64_t key1, Run* runs) {
@@ -62,17 +80,18 @@ int64_t find_runs(const Problem& p, const Tile& tile, int64_t head, int64_t key0
   for (int64_t key = key0; key < key1;) {
     const int64_t within = key % p.B, count = std::min(p.B - within, key1 - key);
     const int64_t block = std::clamp<int64_t>(p.tables[tile.entry * p.C + key / p.B], 0, p.num_blocks - 1);
-    runs[found++] = {(((p.first_row + block) * p.KH + head) * p.B + within) * p.D, key - key0, count};
+    const int64_t at = (((p.first_row + block) * p.KH + head) * p.B + within) * p.D;
+    runs[found++] = {p.keys + at, p.values + at, key - key0, count};
     key += count;
   }
   return found;
 }
 
 static inline void prefetch(const float* from, int64_t floats) {
-  for (int64_t i = 0; i < floats; i += kLine) __builtin_prefetch(from + i);
+  for (int64_t i = 0; i < floats; i += kLine) __builtin_prefetch(from + i, 0, 2);
 }
 
-// scores[r][j] = q[r] . k[j] for Rows rows and `count` <= kKeys keys.
+// scores[r][j] = q[r] . k[j] for Rows rows and kKeys keys, of which those from `count` on are of no use.
 template <int Rows>
 void score_tile(const float* q, const float* k, int64_t D, int64_t count, float* scores) {
   Vec acc[Rows][kKeys];
@@ -84,70 +103,70 @@ void score_tile(const float* q, const float* k, int64_t D, int64_t count, float*
   for (; d + kWidth <= D; d += kWidth) {
     Vec part[kKeys];
     for (int j = 0; j < kKeys; ++j) part[j] = load(key[j] + d);
+#pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
       const Vec query = load(q + r * D + d);
       for (int j = 0; j < kKeys; ++j) acc[r][j] = fma(query, part[j], acc[r][j]);
     }
   }
+#pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r) {
-    float sums[kKeys];
+    float* sums = scores + r * kStride;
     sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], sums);
     for (int64_t rest = d; rest < D; ++rest)
       for (int j = 0; j < kKeys; ++j) sums[j] = std::fma(q[r * D + rest], key[j][rest], sums[j]);
-    std::memcpy(scores + r * kChunk, sums, count * sizeof(float));
   }
 }
 
 template <int Rows>
-void score_rows(const Problem& p, const float* q, const Run* runs, int64_t num_runs, float* scores) {
-  for (int64_t i = 0; i < num_runs; ++i) {
-    const float* k = p.keys + runs[i].offset;
-    const float* next = i + 1 < num_runs ? p.keys + runs[i + 1].offset : nullptr;
-    for (int64_t j = 0; j < runs[i].count; j += kKeys) {
-      const int64_t count = std::min<int64_t>(kKeys, runs[i].count - j);
-      if (next && j < runs[i + 1].count) prefetch(next + j * p.D, count * p.D);
-      score_tile<Rows>(q, k + j * p.D, p.D, count, scores + runs[i].key + j);
+void score_rows(const Problem& p, const float* q, const Runs& runs, bool fetch, float* scores) {
+  for (int64_t i = 0; i < runs.count; ++i) {
+    const Run& run = runs.run[i];
+    const float* ahead = runs.ahead_of_keys(i);
+    for (int64_t j = 0; j < run.count; j += kKeys) {
+      const int64_t count = std::min<int64_t>(kKeys, run.count - j);
+      if (fetch) prefetch(ahead + j * p.D, count * p.D);
+      score_tile<Rows>(q, run.keys + j * p.D, p.D, count, scores + run.key + j);
     }
   }
 }
 
 // values[r][d .. d + Vecs * kWidth) = sum over keys of weights[r][key] v[key], in the order of the keys.
 template <int Rows, int Vecs>
-void value_tile(const Problem& p, const float* weights, const Run* runs, int64_t num_runs, int64_t d, float* values) {
+void value_tile(int64_t D, const float* weights, const Runs& runs, bool fetch, int64_t d, float* values) {
   Vec acc[Rows][Vecs];
   for (auto& row : acc)
     for (Vec& v : row) v = splat(0.0f);
-  for (int64_t i = 0; i < num_runs; ++i) {
-    const float* v = p.values + runs[i].offset + d;
-    const float* next = i + 1 < num_runs ? p.values + runs[i + 1].offset + d : v;
-    for (int64_t j = 0; j < runs[i].count; ++j) {
+  for (int64_t i = 0; i < runs.count; ++i) {
+    const float *v = runs.run[i].values + d, *end = v + runs.run[i].count * D, *weight = weights + runs.run[i].key;
+    const int64_t ahead = runs.ahead_of_values(i) + d - v;
+    for (; v < end; v += D, ++weight) {
+      if (fetch) prefetch(v + ahead, Vecs * kWidth);
       Vec part[Vecs];
-      for (int c = 0; c < Vecs; ++c) {
-        part[c] = load(v + j * p.D + c * kWidth);
-        if (c * kWidth % kLine == 0) __builtin_prefetch(next + j * p.D + c * kWidth);
-      }
+      for (int c = 0; c < Vecs; ++c) part[c] = load(v + c * kWidth);
+#pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
-        const Vec weight = splat(weights[r * kChunk + runs[i].key + j]);
-        for (int c = 0; c < Vecs; ++c) acc[r][c] = fma(weight, part[c], acc[r][c]);
+        const Vec factor = splat(weight[r * kStride]);
+        for (int c = 0; c < Vecs; ++c) acc[r][c] = fma(factor, part[c], acc[r][c]);
       }
     }
   }
   for (int r = 0; r < Rows; ++r)
-    for (int c = 0; c < Vecs; ++c) store(values + r * p.D + d + c * kWidth, acc[r][c]);
+    for (int c = 0; c < Vecs; ++c) store(values + r * D + d + c * kWidth, acc[r][c]);
 }
 
 template <int Rows>
-void value_rows(const Problem& p, const float* weights, const Run* runs, int64_t num_runs, float* values) {
+void value_rows(const Problem& p, const float* weights, const Runs& runs, bool fetch, float* values) {
   int64_t d = 0;
   for (; d + kValueVecs * kWidth <= p.D; d += kValueVecs * kWidth)
-    value_tile<Rows, kValueVecs>(p, weights, runs, num_runs, d, values);
-  for (; d + kWidth <= p.D; d += kWidth) value_tile<Rows, 1>(p, weights, runs, num_runs, d, values);
+    value_tile<Rows, kValueVecs>(p.D, weights, runs, fetch, d, values);
+  for (; d + kWidth <= p.D; d += kWidth) value_tile<Rows, 1>(p.D, weights, runs, fetch, d, values);
   for (; d < p.D; ++d) {
     for (int r = 0; r < Rows; ++r) {
       float acc = 0.0f;
-      for (int64_t i = 0; i < num_runs; ++i)
-        for (int64_t j = 0; j < runs[i].count; ++j)
-          acc = std::fma(weights[r * kChunk + runs[i].key + j], p.values[runs[i].offset + j * p.D + d], acc);
+      for (int64_t i = 0; i < runs.count; ++i)
+        for (int64_t j = 0; j < runs.run[i].count; ++j)
+          acc = std::fma(weights[r * kStride + runs.run[i].key + j], runs.run[i].values[j * p.D + d], acc);
       values[r * p.D + d] = acc;
     }
   }
@@ -171,13 +190,13 @@ void soften(float* scores, int64_t seen, float* highest, float* total) {
   for (const float lane : lanes) *total += lane;
 }
 
-// Calls f<4>, f<2>, f<1> over `rows` rows.
-template <typename Four, typename Two, typename One>
-void by_rows(int64_t rows, Four four, Two two, One one) {
+// Calls f(r, number) with the sizes of register tiles that cover `rows` rows.
+template <typename F>
+void by_rows(int64_t rows, F f) {
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) four(r);
-  for (; r + 2 <= rows; r += 2) two(r);
-  for (; r < rows; ++r) one(r);
+  for (; r + kMostRows <= rows; r += kMostRows) f(r, std::integral_constant<int, kMostRows>{});
+  for (; r + 2 <= rows; r += 2) f(r, std::integral_constant<int, 2>{});
+  for (; r < rows; ++r) f(r, std::integral_constant<int, 1>{});
 }
 
 // The scaled queries of a tile for one kv head: [rows, D], a query's heads side by side.
@@ -194,23 +213,21 @@ void attend_chunk(const Problem& p, const Tile& tile, int64_t head, int64_t chun
   thread_local std::vector<float> scratch;
   thread_local std::vector<Run> runs(kChunk + 1);
   const int64_t rows = tile.count * p.group();
-  scratch.resize(rows * kChunk);
+  scratch.resize(rows * kStride);
   float* scores = scratch.data();
   const int64_t key0 = chunk * kChunk, key1 = std::min(key0 + kChunk, tile.visible + tile.count - 1);
-  const int64_t num = find_runs(p, tile, head, key0, key1, runs.data());
-  const Run* run = runs.data();
-  by_rows(
-      rows, [&](int64_t r) { score_rows<4>(p, q + r * p.D, run, num, scores + r * kChunk); },
-      [&](int64_t r) { score_rows<2>(p, q + r * p.D, run, num, scores + r * kChunk); },
-      [&](int64_t r) { score_rows<1>(p, q + r * p.D, run, num, scores + r * kChunk); });
+  const Runs of{runs.data(), find_runs(p, tile, head, key0, key1, runs.data()),
+                std::max<int64_t>(1, kAheadFloats / (p.B * p.D))};
+  by_rows(rows, [&](int64_t r, auto size) {
+    score_rows<size.value>(p, q + r * p.D, of, r == 0, scores + r * kStride);
+  });
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t seen = std::clamp<int64_t>(tile.visible + r / p.group() - key0, 0, kChunk);
-    soften(scores + r * kChunk, seen, part.highest + r, part.total + r);
+    soften(scores + r * kStride, seen, part.highest + r, part.total + r);
   }
-  by_rows(
-      rows, [&](int64_t r) { value_rows<4>(p, scores + r * kChunk, run, num, part.values + r * p.D); },
-      [&](int64_t r) { value_rows<2>(p, scores + r * kChunk, run, num, part.values + r * p.D); },
-      [&](int64_t r) { value_rows<1>(p, scores + r * kChunk, run, num, part.values + r * p.D); });
+  by_rows(rows, [&](int64_t r, auto size) {
+    value_rows<size.value>(p, scores + r * kStride, of, r == 0, part.values + r * p.D);
+  });
 }
 
 void merge(int64_t rows, int64_t D, Partial into, Partial part) {
