@@ -76,10 +76,10 @@ def encode_answers(
         if len(ids) <= room:
             return ids
         longest = max(range(len(texts)), key=lambda i: len(texts[i]))
-        own = tokenizer.encode(texts[longest], add_special_tokens=False)
+        own = tokenizer.encode(texts[longest], add_special_tokens=False, allow_special=False)
         note = tokenizer.encode(CUT_NOTE, add_special_tokens=False)
         keep = max(0, len(own) - (len(ids) - room) - len(note))
-        texts[longest] = tokenizer.decode(own[:keep]) + CUT_NOTE if keep else ""
+        texts[longest] = tokenizer.decode(own[:keep], skip_special_tokens=False) + CUT_NOTE if keep else ""
     ids = tokenizer.encode_returned(calls, [""] * len(texts), ended_turn=ended_turn, tools=tools)
     if len(ids) > room:
         raise ValueError(f"the tools' answer needs {len(ids)} tokens: the sequence has room for {max(room, 0)}")

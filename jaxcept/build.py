@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from jaxcept.clock import MonotonicClock
@@ -31,7 +31,8 @@ from jaxcept.tools.parsers import ToolCallParser, detect_parser, make_parser
 from jaxcept.watcher import TextWatcher
 from jaxcept_kernels.attention import Implementation
 from jaxcept_kernels.library import native_available
-from jaxcept_models.model import Model, load_model
+from jaxcept_models.config import read_config
+from jaxcept_models.model import ARCHITECTURES, Model, load_model
 
 Progress = Callable[[int, int, str], None]
 
@@ -112,6 +113,17 @@ def choose_sizes(config: EngineConfig, model: Model) -> RunnerConfig:
         model, config.block_size, max_num_seqs, max_model_len, budget, config.memory_utilization
     )
     return RunnerConfig(num_blocks, config.block_size, max_num_seqs, budget, max_model_len)
+
+
+def architectures() -> tuple[str, ...]:
+    """Architectures of config.json that can be loaded."""
+    return tuple(ARCHITECTURES)
+
+
+def describe_model(folder: str | Path) -> dict[str, str]:
+    """What a model folder's config.json says, field by field. Raises CheckpointError."""
+    config = read_config(folder)
+    return {field.name: str(getattr(config, field.name)) for field in fields(config)}
 
 
 def watcher_factory(

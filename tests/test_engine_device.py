@@ -1,13 +1,12 @@
 """The whole engine on the device against transformers: tokens, policies, compilations."""
 
 import itertools
+from collections import deque
 
 import numpy as np
 import pytest
 import torch
-from jaxcept_kernels.attention import Implementation
-from jaxcept_kernels.library import native_available
-from jaxcept_models.model import load_model
+from checkpoints import FAMILIES, build_checkpoint
 from transformers import AutoModelForCausalLM
 
 from jaxcept.clock import MonotonicClock
@@ -20,7 +19,9 @@ from jaxcept.scheduler.params import InterceptParams, SamplingParams, ScriptedTr
 from jaxcept.scheduler.policy import Discard, Preserve
 from jaxcept.scheduler.request import Request
 from jaxcept.scheduler.scheduler import Scheduler
-from checkpoints import FAMILIES, build_checkpoint
+from jaxcept_kernels.attention import Implementation
+from jaxcept_kernels.library import native_available
+from jaxcept_models.model import load_model
 
 IMPLEMENTATIONS = [Implementation.XLA, *([Implementation.NATIVE] if native_available() else [])]
 NUM_NEW = 128
@@ -224,3 +225,49 @@ def test_stop_ids_min_tokens_and_bias(small_model):
     assert finished["stop"].stop_reason == stop
     assert stop not in new_ids(finished["later"])[:7] and len(new_ids(finished["later"])) >= 7
     assert new_ids(finished["biased"]) == [42] * 10
+
+
+def mixed_request(index, rng):
+    """One of many kinds of request."""
+    kind = index % 8
+    params = {"max_tokens": int(rng.integers(1, 24)), "ignore_eos": bool(rng.integers(2))}
+    params |= [
+        {"temperature": 0},
+        {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "seed": index},
+        {"temperature": 1.0, "min_p": 0.1, "n": 3},
+        {"temperature": 0, "repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+        {"temperature": 0.5, "logprobs": 5},
+        {"temperature": 0, "prompt_logprobs": 1},
+        {"temperature": 0, "logit_bias": {3: -5.0}, "stop_token_ids": [9]},
+        {"temperature": 0, "min_tokens": 1, "stop_token_ids": [7, 8]},
+    ][kind]
+    script = tuple(ScriptedTrigger(int(rng.integers(1, 9))) for _ in range(int(rng.integers(0, 3))))
+    prompt = tuple(rng.integers(0, 100, size=int(rng.integers(1, 180))).tolist())
+    intercept = InterceptParams(script=script if params.get("n", 1) == 1 else ())
+    return Request(f"mixed-{index}", prompt, SamplingParams(**params), intercept)
+
+
+@pytest.mark.parametrize("policy", [Preserve, Discard])
+def test_nothing_compiles_over_200_mixed_requests(small_model, policy):
+    engine = make_engine(small_model, policy=policy(), num_blocks=128)
+    rng = np.random.default_rng(11)
+    compiled = engine.runner.compiles.count
+    assert compiled > 0
+    requests = deque(mixed_request(i, rng) for i in range(200))
+    finished, due, count = 0, deque(), 0
+    while requests or due or engine.scheduler.num_unfinished or engine.has_work:
+        count += 1
+        assert count < 20_000, "the engine does not come to an end"
+        if requests and count % 2:
+            engine.add(requests.popleft())
+        for event in engine.step():
+            if isinstance(event, Intercepted):
+                due.append((count + 3, event.seq_id))
+            finished += isinstance(event, Finished)
+        while due and due[0][0] <= count:
+            engine.resume(due.popleft()[1], (5, 6, 7))
+        if count % 16 == 0:
+            engine.scheduler.check()
+    assert finished == 200 + 2 * 25
+    assert engine.scheduler.counters.interceptions > 100
+    assert engine.runner.compiles.count == compiled

@@ -13,14 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxcept
+from jaxcept.build import architectures, describe_model
 from jaxcept.config import POLICIES, shipped_model
 from jaxcept.llm import LLM
 from jaxcept.outputs import RequestOutput
 from jaxcept.scheduler.params import SamplingParams
 from jaxcept.tools.definition import Tool
 from jaxcept.tools.parsers import PARSERS
-from jaxcept_models.config import read_config
-from jaxcept_models.model import ARCHITECTURES
 from jaxcept_serve.load_tools import load_tools
 
 
@@ -230,16 +229,15 @@ def run_models(args: argparse.Namespace) -> int:
     """`jaxcept models`."""
     console = Console()
     if args.folder is not None:
-        config = read_config(args.folder)
         table = Table(title=str(args.folder), show_header=False)
-        for name in config.__slots__:
-            table.add_row(name, str(getattr(config, name)))
+        for name, value in describe_model(args.folder).items():
+            table.add_row(name, value)
         console.print(table)
         return 0
     table = Table(title="supported architectures")
     table.add_column("architecture")
     table.add_column("models")
-    for name in ARCHITECTURES:
+    for name in architectures():
         table.add_row(name, _EXAMPLES.get(name, ""))
     console.print(table)
     console.print(f"shipped model: {shipped_model()}", highlight=False)
