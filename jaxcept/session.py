@@ -246,15 +246,16 @@ class Session:
 
             start_calls(turn, record.toolbox, record.options.timeout_s, done)
         elif record.options.handler is not None:
-            self._start_handler(record, record.options.handler, seq_id)
+            self._start_handler(record, record.options.handler, event)
         return Delta(event.request_id, event.index, "intercepted", trigger=event.tool)
 
-    def _start_handler(self, record: _Record, handler: Callable[[str], str], seq_id: int) -> None:
-        text = record.transcripts[seq_id].since_return
+    def _start_handler(self, record: _Record, handler: Callable[[str], str], event: Intercepted) -> None:
+        text = record.transcripts[event.seq_id].since_return
         toolbox = Toolbox([Tool("handler", "", {"type": "object", "properties": {}}, lambda: handler(text))])
 
         def done(result: ToolResult) -> None:
-            self.post(lambda: self._answer(record, seq_id, self._encode_text(result.text), result.is_error))
+            ids = self._encode_text(result.text)
+            self.post(lambda: self._answer(record, event.seq_id, event.interception, ids, result.is_error))
             toolbox.close()
 
         toolbox.submit(ToolCall("call00000", "handler", {}), done, record.options.timeout_s)
@@ -276,21 +277,21 @@ class Session:
                 texts,
                 ended_turn=open_turn.turn.ended_turn,
                 tools=schemas,
-                room=self.engine.room(seq_id),
+                room=self.engine.room(seq_id, interception),
             )
         except ValueError as error:
             logger.warning("request %r: %s", record.request.request_id, error)
             self.engine.end(seq_id, FinishReason.LENGTH)
             return
-        self._answer(record, seq_id, ids, open_turn.has_failed)
+        self._answer(record, seq_id, interception, ids, open_turn.has_failed)
 
-    def _answer(self, record: _Record, seq_id: int, ids: Sequence[int], is_error: bool) -> None:
+    def _answer(self, record: _Record, seq_id: int, interception: int, ids: Sequence[int], is_error: bool) -> None:
         try:
-            fitting = ids[: self.engine.room(seq_id)]
+            fitting = ids[: self.engine.room(seq_id, interception)]
             if is_error:
-                self.engine.fail(seq_id, fitting)
+                self.engine.fail(seq_id, fitting, interception)
             else:
-                self.engine.resume(seq_id, fitting)
+                self.engine.resume(seq_id, fitting, interception)
         except StateError as error:  # it ended while the tool was at work
             logger.debug("request %r: %s", record.request.request_id, error)
 
