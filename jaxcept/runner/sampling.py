@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcept.scheduler.params import MAX_LOGPROBS
+from jaxcept_kernels.rows import argmax_rows
 
 NEGATIVE = -1e30
 
@@ -139,7 +140,7 @@ def draw(logits: jax.Array, params: RowParams) -> jax.Array:
         return jax.random.gumbel(jax.random.fold_in(key, position), (logits.shape[-1],), jnp.float32)
 
     noisy = filtered + jax.vmap(noise)(params.seeds, params.positions)
-    return jnp.argmax(jnp.where((params.temperature > 0)[:, None], noisy, logits), axis=-1).astype(jnp.int32)
+    return argmax_rows(jnp.where((params.temperature > 0)[:, None], noisy, logits))
 
 
 def logprobs_of(logits: jax.Array, token_ids: jax.Array) -> Logprobs:
@@ -157,7 +158,7 @@ def sample(
     """Draws one token per entry and remembers it. logits: [n, vocab] float32; returns [n] int32."""
     logprobs = None
     if variant is Variant.GREEDY:
-        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        tokens = argmax_rows(logits)
     elif variant is Variant.RANDOM:
         tokens = draw(logits, params)
     else:
