@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 from jaxcept.build import build_session
 from jaxcept.config import EngineConfig
 from jaxcept.engine import EngineDeadError
-from jaxcept.llm import Message, Prompt, Tools, as_toolbox
+from jaxcept.llm import Message, Prompt, Tools, as_toolbox, closing_own
 from jaxcept.outputs import Delta
 from jaxcept.scheduler.params import SamplingParams
 from jaxcept.session import InterceptOptions, Session
@@ -57,8 +58,11 @@ class AsyncLLM:
         toolbox = as_toolbox(tools)
         if isinstance(prompt, str) and toolbox is not None and self.session.tokenizer.chat_template is not None:
             prompt = self.session.tokenizer.encode_chat([{"role": "user", "content": prompt}], toolbox.schemas())
-        async for delta in self._stream(prompt, params, toolbox, intercept, request_id, cache_salt):
-            yield delta
+        stream = self._stream(prompt, params, toolbox, intercept, request_id, cache_salt)
+        with closing_own(toolbox, tools):
+            async with aclosing(stream):
+                async for delta in stream:
+                    yield delta
 
     async def chat(
         self,
@@ -73,8 +77,11 @@ class AsyncLLM:
         """Answers one conversation; messages and tools in the OpenAI format."""
         toolbox = as_toolbox(tools)
         prompt = self.session.tokenizer.encode_chat(messages, toolbox.schemas() if toolbox else None)
-        async for delta in self._stream(prompt, params, toolbox, intercept, request_id, cache_salt):
-            yield delta
+        stream = self._stream(prompt, params, toolbox, intercept, request_id, cache_salt)
+        with closing_own(toolbox, tools):
+            async with aclosing(stream):
+                async for delta in stream:
+                    yield delta
 
     async def resume(
         self, request_id: str, text: str | None = None, token_ids: Sequence[int] | None = None, *, index: int = 0
@@ -114,7 +121,7 @@ class AsyncLLM:
         intercept: InterceptOptions | None,
         request_id: str | None,
         cache_salt: str,
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         if self._is_closed or not self._thread.is_alive():
             raise EngineDeadError("the engine's thread has ended")
         chosen = params or SamplingParams()

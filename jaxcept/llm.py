@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -105,7 +106,7 @@ class LLM:
         many, toolbox = _as_prompts(prompts), as_toolbox(tools)
         if toolbox is not None and self.session.tokenizer.chat_template is not None:
             many = [self._encode([{"role": "user", "content": p}], toolbox) if isinstance(p, str) else p for p in many]
-        return self._job(many, params, toolbox, intercept)
+        return self._job(many, params, tools, toolbox, intercept)
 
     def _chat_job(
         self,
@@ -116,7 +117,7 @@ class LLM:
     ) -> _Job:
         toolbox = as_toolbox(tools)
         prompts = [self._encode(each, toolbox) for each in _as_conversations(messages)]
-        return self._job(prompts, params, toolbox, intercept)
+        return self._job(prompts, params, tools, toolbox, intercept)
 
     def _encode(self, messages: Sequence[Message], toolbox: Toolbox | None) -> Prompt:
         return self.session.tokenizer.encode_chat(messages, toolbox.schemas() if toolbox else None)
@@ -128,19 +129,18 @@ class LLM:
         return Progress(*columns, console=Console(stderr=True), transient=True, disable=not self._progress)
 
     def _run(self, job: _Job) -> list[RequestOutput]:
-        with self._lock, self._bar() as bar:
+        outputs: dict[str, RequestOutput] = {}
+        with self._bar() as bar:
             task = bar.add_task("generating", total=job.num_completions)
-            ids = self._add(job)
-            outputs: dict[str, RequestOutput] = {}
-            for delta in self._deltas(ids):
+            for delta in self._stream(job):
                 if delta.kind == "finished":
                     bar.update(task, advance=1)
                 if delta.output is not None:
-                    outputs[delta.request_id] = delta.output
-            return [replace(outputs[each], request_id=str(i)) for i, each in enumerate(ids)]
+                    outputs[delta.request_id] = replace(delta.output, request_id=delta.request_id)
+        return [outputs[str(i)] for i in range(len(job.prompts))]
 
     def _stream(self, job: _Job) -> Iterator[Delta]:
-        with self._lock:
+        with self._lock, closing_own(job.toolbox, job.tools):
             ids = self._add(job)
             index = {request_id: str(i) for i, request_id in enumerate(ids)}
             for delta in self._deltas(ids):
@@ -187,6 +187,7 @@ class LLM:
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
+        tools: Tools | None,
         toolbox: Toolbox | None,
         intercept: InterceptOptions | None,
     ) -> _Job:
@@ -195,7 +196,7 @@ class LLM:
             raise ValueError(
                 f"params has {len(each)} entries for {len(prompts)} prompts: expected one, or one for each"
             )
-        return _Job(list(prompts), each, toolbox, intercept)
+        return _Job(list(prompts), each, tools, toolbox, intercept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +205,7 @@ class _Job:
 
     prompts: list[Prompt]
     params: list[SamplingParams]
+    tools: Tools | None  # as they were given
     toolbox: Toolbox | None
     intercept: InterceptOptions | None
 
@@ -215,6 +217,16 @@ class _Job:
 def as_toolbox(tools: Tools | None) -> Toolbox | None:
     """Functions, Tools and schemas as a Toolbox; a Toolbox as it is."""
     return tools if tools is None or isinstance(tools, Toolbox) else Toolbox(tools)
+
+
+@contextmanager
+def closing_own(toolbox: Toolbox | None, tools: Tools | None) -> Iterator[None]:
+    """Ends the threads of a toolbox that was made of `tools` for one call; a caller's own Toolbox is left alone."""
+    try:
+        yield
+    finally:
+        if toolbox is not None and toolbox is not tools:
+            toolbox.close()
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -24,7 +24,8 @@ def load_tools(spec: str) -> list[Tool | Callable[..., Any]]:
         if not callable(found):
             raise ValueError(f"--tools {spec}: {place} has no function {name!r}")
         return [found]
-    tools = [value for value in vars(module).values() if isinstance(value, Tool)] or list(getattr(module, "TOOLS", ()))
+    tools: list[Tool | Callable[..., Any]] = [value for value in vars(module).values() if isinstance(value, Tool)]
+    tools = tools or list(getattr(module, "TOOLS", ()))
     if not tools:
         raise ValueError(
             f"--tools {spec}: {place} has neither @tool functions nor a list TOOLS; name one as {place}:name"
