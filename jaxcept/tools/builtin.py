@@ -14,7 +14,7 @@ MAX_EXPRESSION_CHARS = 200
 MAX_BITS = 512
 MAX_EXPONENT = 64
 MIN_DECIMALS = 4
-SIGNIFICANT_DIGITS = 6
+SIGNIFICANT_DIGITS = 4
 
 _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
@@ -158,7 +158,7 @@ def calculator(expression: str) -> str:
     Args:
         expression: numbers, parentheses and the operators + - * / // % **.
 
-    Returns the result in decimal digits; a fraction without an end is rounded to six significant digits or more.
+    Returns the result in decimal digits; a fraction is rounded to four decimals, or to four digits where it is small.
 
     Raises:
         ValueError: the expression is too long, not arithmetic, divides by zero, or its value is too large.
@@ -202,7 +202,7 @@ def convert(value: float, unit_from: str, unit_to: str) -> str:
         unit_from: the unit to convert from, such as "km", "pounds" or "celsius".
         unit_to: the unit to convert to.
 
-    Returns the converted value and `unit_to`, such as "3.10686 miles".
+    Returns the converted value and `unit_to`, such as "3.1069 miles".
 
     Raises:
         ValueError: the value is no finite number, a unit is unknown, or the units measure different things.
@@ -221,7 +221,7 @@ def convert(value: float, unit_from: str, unit_to: str) -> str:
 
 
 def format_number(value: Fraction) -> str:
-    """The value in decimal digits: whole numbers in full, others rounded to at least six significant digits."""
+    """The value in decimal digits: whole numbers in full, others rounded to four decimals or four digits."""
     if value.denominator == 1:
         return str(value.numerator)
     decimals = MIN_DECIMALS
