@@ -74,12 +74,14 @@ def checkpoint(request, tmp_path_factory):
 
 def reference_tokens(folder, prompts):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model.generation_config.eos_token_id = None  # otherwise generate suppresses it, or ends with it
     out = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
         with torch.inference_mode():
-            new = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NUM_NEW,
-                                 min_new_tokens=NUM_NEW, pad_token_id=0)  # fmt: skip
+            new = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NUM_NEW, pad_token_id=0
+            )
         out.append(new[0, len(prompt) :].tolist())
     return out
 
