@@ -14,7 +14,6 @@ import sys
 import time
 
 from rich.console import Console
-from rich.table import Table
 
 from jaxcept import LLM, RequestOutput, SamplingParams, tool
 from jaxcept.config import POLICIES
@@ -85,23 +84,18 @@ def show_stream(console: Console, llm: LLM, params: SamplingParams) -> list[Requ
     return [outputs[str(index)] for index in range(len(CONVERSATIONS))]
 
 
-def interception_table(outputs: list[RequestOutput]) -> Table:
+def show_interceptions(console: Console, outputs: list[RequestOutput]) -> None:
     """One line per interception."""
-    table = Table(title="interceptions")
-    for column in ("conversation", "calls", "answer", "lasted", "context", "tokens recomputed"):
-        table.add_column(column, justify="right" if column in ("lasted", "tokens recomputed") else "left")
     for number, output in enumerate(outputs, start=1):
         for each in output.interceptions:
-            calls = "; ".join(f"{c.name}({', '.join(map(str, c.arguments.values()))})" for c in each.calls)
-            table.add_row(
-                str(number),
-                calls,
-                "; ".join(call.result for call in each.calls),
-                f"{each.duration_s:.2f} s",
-                f"{each.context_tokens} tokens {each.residency}",
-                str(each.num_recomputed),
+            calls = "; ".join(f"{c.name}({', '.join(map(str, c.arguments.values()))}) = {c.result}" for c in each.calls)
+            console.print(
+                f"[{number}] {calls}: lasted {each.duration_s:.2f} s, context of {each.context_tokens} tokens "
+                f"{each.residency}, {each.num_recomputed} tokens recomputed",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
             )
-    return table
 
 
 def main() -> int:
@@ -117,7 +111,7 @@ def main() -> int:
                   enable_prefix_caching=policy != "discard")  # fmt: skip
         console.rule(f"policy: {policy}")
         outputs = show_stream(console, llm, params)
-        console.print(interception_table(outputs))
+        show_interceptions(console, outputs)
         ids.append([output.outputs[0].token_ids for output in outputs])
         for (question, expected), output in zip(CONVERSATIONS, outputs, strict=True):
             if expected.replace(",", "") not in output.outputs[0].answer.replace(",", ""):
