@@ -75,15 +75,14 @@ MIXED = [(40, 1), (0, 37), (3, 1), (16, 16), (100, 20), (0, 1), (31, 1), (15, 2)
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (4, 1), (14, 2)])
-@pytest.mark.parametrize("head_dim", [32, 80])
-def test_mixed_batch_with_padding(implementation: Implementation, heads: int, kv_heads: int, head_dim: int) -> None:
-    layout = make_layout(num_kv_heads=kv_heads, head_dim=head_dim)
+def test_mixed_batch_with_padding(implementation: Implementation, heads: int, kv_heads: int) -> None:
+    layout = make_layout(num_kv_heads=kv_heads)
     batch = make_batch(np.random.default_rng(0), layout, heads, MIXED, pad_tokens=5, pad_entries=3)
     check(batch, layout, MIXED, 1, implementation)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("head_dim", [8, 20, 64, 128, 256])
+@pytest.mark.parametrize("head_dim", [20, 64, 80, 128, 256])
 def test_head_sizes(implementation: Implementation, head_dim: int) -> None:
     layout = make_layout(head_dim=head_dim)
     batch = make_batch(np.random.default_rng(1), layout, 4, MIXED[:4])
@@ -91,7 +90,7 @@ def test_head_sizes(implementation: Implementation, head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("block_size", [1, 3, 16, 40])
+@pytest.mark.parametrize("block_size", [1, 3, 40])
 def test_block_sizes(implementation: Implementation, block_size: int) -> None:
     layout = make_layout(block_size=block_size, num_blocks=-(-400 // block_size) + 8)
     batch = make_batch(np.random.default_rng(2), layout, 4, MIXED, pad_tokens=1)
@@ -131,11 +130,22 @@ def test_scores_far_apart_do_not_overflow(implementation: Implementation) -> Non
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_nan_stays_in_its_row(implementation: Implementation) -> None:
+    layout = make_layout()
+    batch = make_batch(np.random.default_rng(13), layout, 4, MIXED)
+    batch = batch._replace(q=batch.q.at[5, 1, 3].set(jnp.nan))
+    out, _ = layer_step(batch, layout, 0, implementation)
+    broken = np.isnan(out)
+    assert broken[5, 1].all()
+    assert broken.sum() == layout.head_dim
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @settings(max_examples=40)
 @given(data=st.data())
 def test_random_batches(implementation: Implementation, data: st.DataObject) -> None:
     """Shapes of two buckets, so that the examples share a few compilations."""
-    group = data.draw(st.sampled_from([1, 2, 7]))
+    group = data.draw(st.sampled_from([2, 7]))
     layout = make_layout(num_blocks=200, head_dim=24)
     tokens, entries = data.draw(st.sampled_from([(8, 8), (120, 6)]))
     count = st.just(1) if tokens == entries else st.sampled_from([1, 1, 2, 17, 20])

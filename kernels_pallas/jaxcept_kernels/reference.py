@@ -179,10 +179,21 @@ def merge_group(
     weight = jnp.exp(part.highest - highest[local])  # [items, kv_heads, rows]
     weight = jnp.where(live[:, None, None], weight, 0.0)
     select = same.astype(jnp.float32)
-    total = old.total * keep + jnp.einsum("ri,ihq->rhq", select, part.total * weight)
-    values = old.values * keep[..., None] + jnp.einsum("ri,ihqd->rhqd", select, part.values * weight[..., None])
+    total = old.total * keep + fold(select, part.total * weight)
+    values = old.values * keep[..., None] + fold(select, part.values * weight[..., None])
     merged = (highest, total, values)
     return Accumulator(*(jax.lax.dynamic_update_slice_in_dim(x, y, run, 0) for x, y in zip(done, merged, strict=True)))
+
+
+def fold(
+    select: jax.Array,  # [run, items] float32, one where the item belongs to the tile
+    parts: jax.Array,  # [items, ...] float32
+) -> jax.Array:
+    """Sums over each tile's items: [run, ...]. What is not finite spoils its own tile and, unlike 0 · NaN, no other."""
+    finite = jnp.isfinite(parts)
+    summed = jnp.tensordot(select, jnp.where(finite, parts, 0.0), 1)
+    spoiled = jnp.tensordot(select, (~finite).astype(jnp.float32), 1) > 0
+    return jnp.where(spoiled, jnp.nan, summed)
 
 
 def attend(

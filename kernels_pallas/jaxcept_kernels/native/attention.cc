@@ -79,7 +79,8 @@ int64_t find_runs(const Problem& p, const Tile& tile, int64_t head, int64_t key0
   int64_t found = 0;
   for (int64_t key = key0; key < key1;) {
     const int64_t within = key % p.B, count = std::min(p.B - within, key1 - key);
-    const int64_t block = std::clamp<int64_t>(p.tables[tile.entry * p.C + key / p.B], 0, p.num_blocks - 1);
+    const int64_t column = std::min(key / p.B, p.C - 1);
+    const int64_t block = std::clamp<int64_t>(p.tables[tile.entry * p.C + column], 0, p.num_blocks - 1);
     const int64_t at = (((p.first_row + block) * p.KH + head) * p.B + within) * p.D;
     runs[found++] = {p.keys + at, p.values + at, key - key0, count};
     key += count;

@@ -22,7 +22,8 @@ static inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 static inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
   const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
   const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
-  const Vec all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+  const __m512d even = _mm512_unpacklo_pd(ab, cd), odd = _mm512_unpackhi_pd(ab, cd);
+  const Vec all = _mm512_add_ps(_mm512_castpd_ps(even), _mm512_castpd_ps(odd));
   const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1));
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), high);
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
@@ -62,14 +63,16 @@ static inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
 
 typedef int32_t IntVec __attribute__((vector_size(sizeof(Vec))));
 
+// b where the two do not compare.
 static inline Vec larger(Vec a, Vec b) {
   const IntVec greater = a > b;
   return (Vec)(((IntVec)a & greater) | ((IntVec)b & ~greater));
 }
 
-// e^x for x <= 0, to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Taylor to x^7).
+// e^x for x <= 0, to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Taylor to x^7). A NaN
+// stays one.
 static inline Vec exp_of_negative(Vec x) {
-  x = larger(x, splat(-87.0f));
+  x = larger(splat(-87.0f), x);
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to an integer
   const Vec shifted = fma(x, splat(1.44269504f), magic);
   const Vec n = shifted - magic;
