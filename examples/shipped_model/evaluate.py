@@ -114,7 +114,7 @@ class JaxceptEngine:
         raise RuntimeError("the stream ended without an output")
 
 
-ENGINES = {"transformers": TransformersEngine, "jaxcept": JaxceptEngine}
+ENGINES: dict[str, Callable[[Path], AnsweringEngine]] = {"transformers": TransformersEngine, "jaxcept": JaxceptEngine}
 
 
 def parse_calls(text: str) -> list[tuple[str, dict[str, Any]]]:
