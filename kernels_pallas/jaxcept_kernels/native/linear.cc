@@ -32,7 +32,7 @@ constexpr int64_t kBlockK = 16 * 1024 / kPanel / (kRows == 24 ? 2 : 4);  // k va
 constexpr int64_t kBlockTiles = 240 / kRows;     // tiles whose x stays in the second-level cache for some kBlockK
 constexpr int64_t kSmallX = 48 * 1024;           // floats of x that stay there whole
 constexpr int64_t kAhead = 256;                  // how many k before its use a weight is asked for
-constexpr int64_t kPackedTogether = 128 * 1024;  // floats of x worth packing on several threads
+constexpr int64_t kPackedTogether = 64 * 1024;  // floats of x worth packing on several threads
 
 struct Problem {
   const float* x;       // [M, K]
@@ -127,12 +127,16 @@ void region(const Problem& p, const float* packed, int64_t tile0, int64_t tile1,
 void pack(const Problem& p, int64_t tile, float* packed) {
   constexpr int64_t kRun = 64;  // k values: what is written stays in the first-level cache
   const int64_t row = p.first_row(tile), rows = p.first_row(tile + 1) - row;
-  const float* from = p.x + row * p.K;
-  float* to = packed + row * p.K;
+  const float* x = p.x + row * p.K;
+  packed += row * p.K;
   for (int64_t k0 = 0; k0 < p.K; k0 += kRun) {
     const int64_t k1 = std::min(p.K, k0 + kRun);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t k = k0; k < k1; ++k) to[k * rows + r] = from[r * p.K + k];
+    for (int64_t r = 0; r < rows; r += 4) {
+      int64_t k = k0;
+      for (; r + 4 <= rows && k + 4 <= k1; k += 4) transpose4(x + r * p.K + k, p.K, packed + k * rows + r, rows);
+      for (; k < k1; ++k)
+        for (int64_t i = r; i < std::min(rows, r + 4); ++i) packed[k * rows + i] = x[i * p.K + k];
+    }
   }
 }
 
@@ -150,8 +154,9 @@ void run(ffi::ThreadPool& pool, const Problem& p) {
   const int64_t wanted = std::max<int64_t>(1, pool.num_threads() * 4 / row_blocks);
   const int64_t span = (panels + wanted - 1) / wanted, spans = (panels + span - 1) / span;
   parallel_for(pool, spans * row_blocks, [&](int64_t item) {
-    const int64_t tile0 = item / spans * kBlockTiles, panel0 = item % spans * span;
-    region(p, packed, tile0, std::min(p.num_tiles(), tile0 + kBlockTiles), panel0, std::min(panels, panel0 + span));
+    const int64_t block = item / spans, panel0 = item % spans * span;
+    const int64_t tile0 = block * p.num_tiles() / row_blocks, tile1 = (block + 1) * p.num_tiles() / row_blocks;
+    region(p, packed, tile0, tile1, panel0, std::min(panels, panel0 + span));
   });
 }
 

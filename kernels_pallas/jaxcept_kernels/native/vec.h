@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -60,6 +60,19 @@ static inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
 }
 
 #endif
+
+// to[k * rows + r] = from[r * stride + k] for four k and four r.
+static inline void transpose4(const float* from, int64_t stride, float* to, int64_t rows) {
+#if defined(__x86_64__)
+  __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + stride);
+  __m128 c = _mm_loadu_ps(from + 2 * stride), d = _mm_loadu_ps(from + 3 * stride);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(to, a), _mm_storeu_ps(to + rows, b), _mm_storeu_ps(to + 2 * rows, c), _mm_storeu_ps(to + 3 * rows, d);
+#else
+  for (int k = 0; k < 4; ++k)
+    for (int r = 0; r < 4; ++r) to[k * rows + r] = from[r * stride + k];
+#endif
+}
 
 typedef int32_t IntVec __attribute__((vector_size(sizeof(Vec))));
 
