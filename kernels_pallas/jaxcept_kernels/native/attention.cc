@@ -29,7 +29,8 @@ constexpr int kMostRows = 4;    // rows of a register tile: 32 registers
 constexpr int kMostRows = 2;    // 16 registers
 #endif
 constexpr int64_t kAheadFloats = 1024;  // how long before its use a key or value is asked for: a block or so
-constexpr int64_t kTaskCost = 32 * 1024;  // scores worth a task of their own
+constexpr int64_t kAloneScores = 1024;      // scores that are computed before another thread wakes up
+constexpr int64_t kTaskFloats = 32 * 1024;  // floats to copy that are worth a task
 
 struct Problem {
   const float* q;        // [T, H, D]
@@ -300,19 +301,19 @@ void attend_split(ffi::ThreadPool& pool, const Problem& p, const std::vector<Til
 void attend(ffi::ThreadPool& pool, const Problem& p) {
   const int64_t most = std::max<int64_t>(1, kTileRows / p.group());
   std::vector<Tile> tiles;
-  int64_t cost = 0, covered = 0;
+  int64_t scores = 0, covered = 0;
   for (int64_t s = 0; s < p.S; ++s) {
     const int64_t end = std::min<int64_t>(p.start[s + 1], p.T);
     for (int64_t token = p.start[s]; token < end; token += most) {
       const int64_t count = std::min(most, end - token);
       tiles.push_back({s, token, count, p.context[s] - (end - token) + 1});
-      cost += count * p.H * tiles.back().visible;
+      scores += count * p.H * tiles.back().visible;
     }
     covered = std::max(covered, end);
   }
   std::fill(p.out + covered * p.H * p.D, p.out + p.T * p.H * p.D, 0.0f);
   const int64_t items = static_cast<int64_t>(tiles.size()) * p.KH;
-  if (cost <= kTaskCost) {
+  if (scores <= kAloneScores) {
     for (int64_t item = 0; item < items; ++item) attend_tile(p, tiles[item / p.KH], item % p.KH);
   } else if (items < 4 * pool.num_threads()) {
     attend_split(pool, p, tiles);
@@ -342,7 +343,7 @@ ffi::Error write_kv(ffi::ThreadPool pool, Floats, Floats, Floats k, Floats v, In
   if (ks.size() != 4 || ns.size() != 3 || ns[1] != ks[1] || ns[2] != ks[3])
     return ffi::Error::InvalidArgument("write_kv: shapes do not fit");
   const int64_t T = ns[0], KH = ks[1], B = ks[2], D = ks[3], first = first_row.typed_data()[0];
-  const int64_t span = std::max<int64_t>(1, kTaskCost / (KH * D));
+  const int64_t span = std::max<int64_t>(1, kTaskFloats / (KH * D));
   parallel_for(pool, (T + span - 1) / span, [&](int64_t item) {
     for (int64_t token = item * span; token < std::min(T, (item + 1) * span); ++token) {
       const int64_t slot = slots.typed_data()[token];
