@@ -53,8 +53,11 @@ def lookup_rows(
     packed: jax.Array,  # [ceil(rows / 16), hidden, 16]: pack_weight(table.T)
     ids: jax.Array,  # [tokens] int32
 ) -> jax.Array:
-    """Rows of a table of which the packed transpose is at hand (tied embeddings): [tokens, hidden]."""
-    return packed[ids // PANEL, :, ids % PANEL]
+    """Rows of a table of which the packed transpose is at hand (tied embeddings): [tokens, hidden].
+
+    Ids past the last panel read its last row.
+    """
+    return packed.at[ids // PANEL, :, ids % PANEL].get(mode="clip")
 
 
 def check_shapes(x: jax.Array, weight: jax.Array, bias: jax.Array | None, out_features: int | None) -> None:

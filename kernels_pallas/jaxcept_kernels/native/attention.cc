@@ -234,7 +234,7 @@ void attend_chunk(const Problem& p, const Tile& tile, int64_t head, int64_t chun
 
 void merge(int64_t rows, int64_t D, Partial into, Partial part) {
   for (int64_t r = 0; r < rows; ++r) {
-    if (std::isinf(part.highest[r])) continue;
+    if (part.highest[r] == -std::numeric_limits<float>::infinity()) continue;  // the row sees none of the chunk
     const float highest = std::max(into.highest[r], part.highest[r]);
     const float keep = std::exp(into.highest[r] - highest), add = std::exp(part.highest[r] - highest);
     into.highest[r] = highest;

@@ -1,4 +1,4 @@
-// y = x W + bias for a weight packed in panels of 16 columns, and rows of a packed weight.
+// y = x W + bias for a weight packed in panels of 16 columns.
 //
 // Every output is one chain of fused multiply-adds over k = 0, 1, ..., K - 1. Tiles, blocks and threads change the
 // order in which outputs are computed, never the chain of one of them: a row's result is the same bits whatever shares
@@ -19,19 +19,22 @@ namespace ffi = xla::ffi;
 constexpr int kPanel = 16;              // columns of a panel
 constexpr int kVecs = kPanel / kWidth;  // vectors across a panel
 
-// Most rows of a register tile, which is one panel wide: its accumulators leave room for a weight and a value.
+// Most rows of a register tile, which is one panel wide (its accumulators leave room for a weight and a value), and how
+// many k values of a panel it shares with other tiles: they fill about half of the first-level cache.
 #if defined(__AVX512F__)
 constexpr int kRows = 24;
+constexpr int64_t kBlockK = 512;
 #elif defined(__AVX2__) || defined(__aarch64__)
 constexpr int kRows = 6;
+constexpr int64_t kBlockK = 256;
 #else
 constexpr int kRows = 3;
+constexpr int64_t kBlockK = 256;
 #endif
 
-constexpr int64_t kBlockK = 16 * 1024 / kPanel / (kRows == 24 ? 2 : 4);  // k values between visits to y, see `region`
-constexpr int64_t kBlockTiles = 240 / kRows;     // tiles whose x stays in the second-level cache for some kBlockK
-constexpr int64_t kSmallX = 48 * 1024;           // floats of x that stay there whole
-constexpr int64_t kAhead = 256;                  // how many k before its use a weight is asked for
+constexpr int64_t kBlockTiles = 240 / kRows;    // tiles whose x stays in the second-level cache for kBlockK values of k
+constexpr int64_t kSmallX = 48 * 1024;          // floats of x that stay there whole
+constexpr int64_t kAhead = 256;                 // how many k before its use a weight is asked for
 constexpr int64_t kPackedTogether = 64 * 1024;  // floats of x worth packing on several threads
 
 struct Problem {
