@@ -18,7 +18,7 @@ from statistics import median, quantiles
 from jaxcept.scheduler.config import SchedulerConfig
 from jaxcept.scheduler.params import SamplingParams
 from jaxcept.scheduler.plan import StepPlan, StepResult
-from jaxcept.scheduler.policy import Preserve
+from jaxcept.scheduler.policies.preserve import Preserve
 from jaxcept.scheduler.request import Request
 from jaxcept.scheduler.scheduler import Scheduler
 

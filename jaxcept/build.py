@@ -20,7 +20,9 @@ from jaxcept.runner.memory import choose_num_blocks
 from jaxcept.runner.runner import DeviceRunner, RunnerConfig
 from jaxcept.scheduler.config import SchedulerConfig
 from jaxcept.scheduler.params import SamplingParams
-from jaxcept.scheduler.policy import Discard, Policy, Preserve
+from jaxcept.scheduler.policies.discard import Discard
+from jaxcept.scheduler.policies.preserve import Preserve
+from jaxcept.scheduler.policy import Policy
 from jaxcept.scheduler.scheduler import Scheduler
 from jaxcept.session import InterceptOptions, Session
 from jaxcept.text.folder import read_text_files

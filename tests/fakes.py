@@ -19,7 +19,8 @@ from jaxcept.scheduler.config import SchedulerConfig
 from jaxcept.scheduler.events import Event
 from jaxcept.scheduler.params import InterceptParams, SamplingParams, ScriptedTrigger
 from jaxcept.scheduler.plan import StepPlan, StepResult, TokenLogprobs
-from jaxcept.scheduler.policy import Policy, Preserve
+from jaxcept.scheduler.policies.preserve import Preserve
+from jaxcept.scheduler.policy import Policy
 from jaxcept.scheduler.request import Request
 from jaxcept.scheduler.scheduler import Scheduler
 from jaxcept.scheduler.watcher import Verdict

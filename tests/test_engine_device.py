@@ -16,7 +16,8 @@ from jaxcept.runner.runner import DeviceRunner, RunnerConfig
 from jaxcept.scheduler.config import SchedulerConfig
 from jaxcept.scheduler.events import Finished, Intercepted, PromptLogprobs, Tokens
 from jaxcept.scheduler.params import InterceptParams, SamplingParams, ScriptedTrigger
-from jaxcept.scheduler.policy import Discard, Preserve
+from jaxcept.scheduler.policies.discard import Discard
+from jaxcept.scheduler.policies.preserve import Preserve
 from jaxcept.scheduler.request import Request
 from jaxcept.scheduler.scheduler import Scheduler
 from jaxcept_kernels.attention import Implementation

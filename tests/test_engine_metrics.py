@@ -13,7 +13,7 @@ from jaxcept.metrics import (
 )
 from jaxcept.scheduler.counters import Counters
 from jaxcept.scheduler.events import Finished, Intercepted, Timing
-from jaxcept.scheduler.policy import Discard
+from jaxcept.scheduler.policies.discard import Discard
 from tests.fakes import Rig, scripted
 
 TIMING = Timing(arrival=10.0, first_scheduled_at=11.0, first_token_at=12.0, finished_at=40.0, intercepted_s=8.0)

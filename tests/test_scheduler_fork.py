@@ -4,7 +4,7 @@ import pytest
 
 from jaxcept.scheduler.events import Finished, PromptLogprobs
 from jaxcept.scheduler.plan import BlockMove, MoveKind
-from jaxcept.scheduler.policy import Discard
+from jaxcept.scheduler.policies.discard import Discard
 from jaxcept.scheduler.request import Request
 from tests.fakes import Rig, next_token, scripted
 

@@ -8,7 +8,9 @@ from jaxcept.scheduler.events import Finished, Intercepted, Resumed, Returned, T
 from jaxcept.scheduler.interception import Outcome, Residency
 from jaxcept.scheduler.params import InterceptParams, OnToolFailure
 from jaxcept.scheduler.plan import ChunkKind
-from jaxcept.scheduler.policy import BatchView, Discard, InterceptedView, Placement
+from jaxcept.scheduler.policies.discard import Discard
+from jaxcept.scheduler.policies.preserve import Preserve
+from jaxcept.scheduler.policy import BatchView, InterceptedView, Placement
 from jaxcept.scheduler.request import Request
 from jaxcept.scheduler.scheduler import StateError
 from tests.fakes import FakeWatcher, Rig, next_token, scripted
@@ -17,12 +19,13 @@ PROMPT = tuple(range(10, 16))
 ANSWER = (100, 101, 102)
 
 
-class Recorder:
+class Recorder(Preserve):
     """Keeps `keep` blocks and remembers what it was shown."""
 
     name = "recorder"
 
     def __init__(self, keep: int) -> None:
+        super().__init__()
         self.keep = keep
         self.views: list[InterceptedView] = []
         self.batches: list[BatchView] = []

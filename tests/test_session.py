@@ -17,7 +17,7 @@ from jaxcept.metrics import Ledger
 from jaxcept.scheduler.config import SchedulerConfig
 from jaxcept.scheduler.params import SamplingParams
 from jaxcept.scheduler.plan import StepResult
-from jaxcept.scheduler.policy import Discard
+from jaxcept.scheduler.policies.discard import Discard
 from jaxcept.scheduler.scheduler import Scheduler, StateError
 from jaxcept.session import InterceptOptions, Session
 from jaxcept.text.folder import TextFiles

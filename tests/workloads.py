@@ -18,7 +18,9 @@ from jaxcept.scheduler.events import Finished, FinishReason, Intercepted, Prompt
 from jaxcept.scheduler.interception import Interception, Outcome
 from jaxcept.scheduler.params import InterceptParams, SamplingParams, ScriptedTrigger
 from jaxcept.scheduler.plan import StepPlan
-from jaxcept.scheduler.policy import BatchView, Discard, InterceptedView, Placement, Policy, Preserve
+from jaxcept.scheduler.policies.discard import Discard
+from jaxcept.scheduler.policies.preserve import Preserve
+from jaxcept.scheduler.policy import BatchView, InterceptedView, Placement, Policy
 from jaxcept.scheduler.request import Request
 from jaxcept.scheduler.scheduler import Scheduler, StateError
 from tests.fakes import VOCAB, FakeRunner, FakeWatcher, next_token
@@ -26,7 +28,7 @@ from tests.fakes import VOCAB, FakeRunner, FakeWatcher, next_token
 Workload = dict[str, Any]
 
 
-class KeepSome:
+class KeepSome(Preserve):
     """Keeps a share of each context, and less of it the longer the tool takes: placements block by block."""
 
     name = "keep-some"

@@ -36,6 +36,8 @@ KINDS = {
     "no_tool": 3,
     "custom": 1,
 }
+# Training sees more of what is hard to learn; held-out conversations keep the shares above.
+TRAINING_KINDS = KINDS | {"lookup": 16, "parallel": 24, "custom": 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,8 @@ def tool_schema(name: str, parameters: tuple[str, ...]) -> dict[str, Any]:
 
 def _conversation(source: Source) -> Conversation:
     rng = source.rng
-    kind = rng.choices(tuple(KINDS), tuple(KINDS.values()))[0]
+    kinds = KINDS if source.held_out else TRAINING_KINDS
+    kind = rng.choices(tuple(kinds), tuple(kinds.values()))[0]
     earlier = rng.choices((0, 1, 2, 3), (76, 15, 6, 3))[0]
     tools = {name: PARAMETERS[name] for name in requests.BUILTINS}
     exchanges = [requests.simple(source) for _ in range(earlier)]

@@ -13,6 +13,11 @@ SYLLABLES = tuple(
     "ba be bo da del do el en fa gor ha il in ka kor la lan li lo ma mar mi mo na nel no or pa per ra ran ri ro "  # noqa: SIM905
     "sa sel si ta tor tu ul va vel vi wa wen xi ya yo za zor".split()
 )
+ONSETS = (
+    "b c d f g h j k l m n p r s t v w y z br ch cl cr dr fl fr gl gr ph pl pr qu sc sh sl sp st str th tr wh".split()  # noqa: SIM905
+)
+VOWELS = "a e i o u y ai au ea ee eo ia ie io oa oo ou ua ue".split()  # noqa: SIM905
+CODAS = ("", "", "", *"b ck d f g k l ll m n nd ng nt p r rd rk rs s ss st t th x z".split())  # noqa: SIM905
 
 
 @dataclass(slots=True)
@@ -46,11 +51,18 @@ class Source:
                 return drawn
 
     def word(self, capital: bool = False) -> str:
-        """A made-up word of this side of the split."""
+        """A made-up word of this side of the split; in training half of them are spelled from all letters."""
         while True:
-            text = "".join(self.rng.choices(SYLLABLES, k=self.rng.choice((2, 2, 3, 3, 4))))
+            if not self.held_out and self.rng.random() < 0.5:
+                text = self._spelled()
+            else:
+                text = "".join(self.rng.choices(SYLLABLES, k=self.rng.choice((2, 2, 3, 3, 4))))
             if is_reserved(text) == self.held_out:
                 return text.capitalize() if capital else text
+
+    def _spelled(self) -> str:
+        choice = self.rng.choice
+        return "".join(choice(ONSETS) + choice(VOWELS) + choice(CODAS) for _ in range(choice((1, 2, 2, 3))))
 
     def entity(self, attribute: str | None = None, real: bool = False) -> tuple[str, str]:
         """A name and one of its attributes; in training half of the names are made up."""

@@ -30,6 +30,7 @@ from examples.shipped_model.tokenizer import END_OF_TEXT, TURN_END, TURN_START, 
 WIDTH_STEP = 64
 MAX_WIDTH = 576
 NUM_COPYING_STEPS = 50
+COPYING_EVERY = 8
 BUFFER_SIZE = 2048
 VALIDATION_SEED = 1
 
@@ -243,11 +244,11 @@ class Training:
                 losses.clear()
 
     def _batches(self) -> Iterator[tuple[int, Batch]]:
-        """Conversations; in the first steps the warm-up's batches stand in for them."""
+        """Conversations; in the first steps, and in every eighth, a batch for copying stands in for one."""
         options, position, encoder = self._options, self._position, self._encoder
         for buffer, batch in training_batches(encoder, options.seed, options.batch_tokens, position["buffer"]):
             step = position["step"]
-            if step < NUM_COPYING_STEPS and options.start is None:
+            if step % COPYING_EVERY == 0 or (step < NUM_COPYING_STEPS and options.start is None):
                 yield buffer, copying_batch(step, self._shape.vocab_size, encoder.digit_ids, options.batch_tokens)
             else:
                 yield buffer, batch

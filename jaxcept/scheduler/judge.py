@@ -21,6 +21,7 @@ class Call(NamedTuple):
 
     tool: str
     payload: object | None = None
+    actual_s: float | None = None  # how long the tool takes, in a replay that knows it
 
 
 def judge(seq: Sequence, token_id: int, max_len: int) -> End | Call | None:
@@ -50,7 +51,7 @@ def _ruling(seq: Sequence, token_id: int, verdict: Verdict | None, max_len: int)
     num_tokens = len(seq.token_ids)
     script = seq.next_script
     if script is not None and num_tokens >= seq.script_len:
-        return Call(script.tool)
+        return Call(script.tool, actual_s=script.duration_s)
     if seq.is_exhausted or num_tokens >= max_len:
         return End(FinishReason.LENGTH)
     return None

@@ -9,6 +9,7 @@ from heapq import heappop, heappush
 
 from jaxcept.scheduler.book import Book
 from jaxcept.scheduler.border import StateError
+from jaxcept.scheduler.durations import DurationEstimator
 from jaxcept.scheduler.events import Finished, FinishReason, Intercepted, Returned, Timing
 from jaxcept.scheduler.interception import OpenInterception, Outcome
 from jaxcept.scheduler.judge import Call, End, judge
@@ -25,11 +26,14 @@ REMEMBERED = 4096  # ended sequences and requests whose reason an error message 
 class Lifecycle:
     """Moves sequences from state to state, out of turn with the steps in flight: what those still draw is dropped."""
 
-    def __init__(self, book: Book, memory: ContextMemory, flights: Iterable[Flight]) -> None:
+    def __init__(
+        self, book: Book, memory: ContextMemory, flights: Iterable[Flight], estimator: DurationEstimator
+    ) -> None:
         self._config = book.config
         self._book = book
         self._memory = memory
         self._flights = flights
+        self._estimator = estimator
         self._deadlines: list[tuple[float, int, int]] = []  # a heap of (time, seq_id, interception)
         self._ended: OrderedDict[int | str, FinishReason] = OrderedDict()  # by seq_id and by request_id
 
@@ -48,6 +52,8 @@ class Lifecycle:
     def finish(self, seq: Sequence, reason: FinishReason, now: float, stop_reason: int | str | None = None) -> None:
         """Any state → FINISHED."""
         self._drop_pending(seq)
+        if seq.opened is not None and seq.opened.ended_at is None:
+            self._estimator.end(seq.seq_id, now, has_returned=False)
         if seq.opened is not None:
             seq.interceptions.append(seq.opened.close(now, seq.num_computed))
             seq.opened = None
@@ -78,6 +84,8 @@ class Lifecycle:
             num_computed=seq.num_computed,
         )
         self._book.intercept(seq)
+        expected_s = seq.request.intercept.expected_s.get(call.tool)
+        self._estimator.begin(seq.seq_id, call.tool, now, expected_s, call.actual_s)
         self._book.counters.interceptions += 1
         heappush(self._deadlines, (deadline, seq.seq_id, index))
         request_id = seq.request.request_id
@@ -89,6 +97,7 @@ class Lifecycle:
         opened = seq.opened
         assert opened is not None, f"sequence {seq.seq_id} is intercepted without a record"
         opened.ended_at, opened.outcome, opened.num_returned = now, outcome, len(token_ids)
+        self._estimator.end(seq.seq_id, now, has_returned=outcome is Outcome.RETURNED)
         seq.append_returned(token_ids)
         request_id = seq.request.request_id
         event = Returned(seq.seq_id, request_id, seq.index, opened.index, outcome, len(token_ids), now)
@@ -116,6 +125,7 @@ class Lifecycle:
                 self.give_back(seq, ids, outcome, now)
                 return
             reason = FinishReason.LENGTH
+        self._estimator.end(seq.seq_id, now, has_returned=False)
         opened.ended_at, opened.outcome = now, outcome
         self.finish(seq, reason, now)
 

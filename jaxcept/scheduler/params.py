@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -121,10 +122,14 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class ScriptedTrigger:
-    """Intercept after `after_tokens` tokens generated since the start or the last resume: for traces and tests."""
+    """Intercept after `after_tokens` tokens generated since the start or the last resume: for traces and tests.
+
+    `duration_s` is how long the tool will take, where a replay knows it; only an oracle may look.
+    """
 
     after_tokens: int
     tool: str = "scripted"
+    duration_s: float | None = None
 
     def __post_init__(self) -> None:
         _require(_is_int(self.after_tokens) and self.after_tokens >= 1, "after_tokens", self.after_tokens, "1 or more")
@@ -136,7 +141,7 @@ class InterceptParams:
 
     `token_ids` intercept when generated; `script` intercepts by count, one entry per interception, in order. Text
     triggers (strings, tool calls) live in the request's Watcher, which sees the decoded stream.
-    `timeout_s` bounds each interception, in seconds.
+    `timeout_s` bounds each interception, in seconds. `expected_s` hints at how long a tool takes, by its name.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -146,6 +151,7 @@ class InterceptParams:
     max_returned_tokens: int | None = None
     on_failure: OnToolFailure = OnToolFailure.TELL
     failure_ids: tuple[int, ...] = field(default=(), repr=False)  # returned in the tool's place on a timeout
+    expected_s: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require(_is_finite(self.timeout_s) and self.timeout_s > 0, "timeout_s", self.timeout_s, "seconds above 0")
@@ -154,3 +160,5 @@ class InterceptParams:
         value = self.max_returned_tokens
         _require(value is None or (_is_int(value) and value >= 0), "max_returned_tokens", value, "0 or more, or None")
         object.__setattr__(self, "on_failure", OnToolFailure(self.on_failure))
+        for tool, seconds in self.expected_s.items():
+            _require(_is_finite(seconds) and seconds >= 0, f"expected_s[{tool!r}]", seconds, "seconds, 0 or more")

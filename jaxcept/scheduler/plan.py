@@ -68,20 +68,40 @@ class RowSetup(NamedTuple):
 
 
 class MoveKind(StrEnum):
-    COPY = "copy"  # device to device, for copy-on-write
+    """Where a block's content goes; in a plan the kinds stand in this order."""
+
+    SWAP_OUT = "swap_out"  # device block src → host block dst; src may be written to in the same step
+    LAND = "land"  # what a SWAP_IN of an earlier plan staged for device block dst is written there
+    COPY = "copy"  # device block src → device block dst, for copy-on-write
+    SWAP_IN = "swap_in"  # host block src → a staging area on the device, meant for device block dst
 
 
 class BlockMove(NamedTuple):
-    """One block's content moves from src to dst before the step computes."""
+    """One block's content moves from src to dst before the step computes.
+
+    A swap is only started: the step does not wait for it unless `StepPlan.waits_for_swaps`. `StepResult` tells when it
+    is over. A staged block lands in the first plan that is submitted after the result that told of its arrival, or
+    never: the runner drops what does not land then.
+    """
 
     kind: MoveKind
     src: int
     dst: int
 
 
+class FailedMove(NamedTuple):
+    """A swap that did not bring its block over: the transfer failed, or the content is not what was sent."""
+
+    step_id: int  # of the plan that started it
+    move: BlockMove
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The frozen input of one step. Moves first, then rows, then tables, then the batch: decodes, then chunks."""
+    """The frozen input of one step. Moves first, then rows, then tables, then the batch: decodes, then chunks.
+
+    A plan without tokens computes nothing: collecting it waits for the swap that is over next, if any is under way.
+    """
 
     step_id: int
     decodes: Decodes
@@ -89,6 +109,7 @@ class StepPlan:
     tables: tuple[TableUpdate, ...]
     rows: tuple[RowSetup, ...]
     moves: tuple[BlockMove, ...]
+    waits_for_swaps: bool = False  # whether the device finishes the swaps of this plan before it computes
 
     @property
     def num_tokens(self) -> int:
@@ -117,9 +138,15 @@ class StepResult:
     `logprobs` maps an index of token_ids to its log-probabilities, for the sequences that asked. `prompt_logprobs` maps
     an index of plan.chunks to one entry per token of the chunk: the log-probabilities of the token AFTER it, as far as
     it is known in the chunk's sequence; given for chunks of sequences that asked for prompt_logprobs.
+
+    `outs_through` and `ins_through`: every SWAP_OUT (SWAP_IN) of the plans up to this step_id is over, None while none
+    is. Those that failed are named once, in the result that first covers their plan.
     """
 
     step_id: int
     token_ids: tuple[int, ...]
     logprobs: Mapping[int, TokenLogprobs]
     prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]]
+    outs_through: int | None = None
+    ins_through: int | None = None
+    failed: tuple[FailedMove, ...] = ()

@@ -1,23 +1,27 @@
-"""Where the context of an intercepted sequence lives while it waits."""
+"""Where the context of an intercepted sequence lives while it waits: what a policy sees, and what it decides."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple, Protocol
 
 
 class InterceptedView(NamedTuple):
-    """One intercepted sequence that holds blocks."""
+    """One intercepted sequence that holds blocks on the device."""
 
     seq_id: int
     arrival: float  # seconds
     tool: str
     since: float  # when the interception began, seconds
     elapsed: float  # seconds since then
+    remaining_s: float  # estimate of the seconds until the tool returns
     num_tokens: int  # context tokens
     num_computed: int  # of them with KV in the blocks held
-    num_blocks: int  # held
+    num_blocks: int  # held on the device
     num_exclusive_blocks: int  # held by this sequence alone: what giving up can free
+    num_host_blocks: int  # of its context on the host
 
 
 class BatchView(NamedTuple):
@@ -27,45 +31,70 @@ class BatchView(NamedTuple):
     block_size: int
     num_blocks: int
     num_available_blocks: int
+    num_available_host_blocks: int
     num_running: int
     running_tokens: int  # context tokens of the running sequences, with KV on the device
     num_waiting: int
+    waiting_tokens: int  # known tokens of the waiting sequences that are still to be computed
+    query_tokens: int  # that the step is expected to compute
+    swap_budget: int | None = None  # blocks that may still be moved in this step; None: no limit
 
 
 class Placement(NamedTuple):
-    """What becomes of one context: its first `keep` blocks stay, the rest is given up and recomputed on return."""
+    """What becomes of one context of num_blocks blocks on the device.
+
+    Its last `swap` blocks go to the host; what the swap budget or the host's memory does not reach stays where it is.
+    Of the others the first `keep` stay, and what lies between is given up and recomputed on return.
+    keep + swap <= num_blocks.
+    """
 
     keep: int
+    swap: int = 0
+
+
+class HostUse(StrEnum):
+    """What the host's memory is for."""
+
+    NONE = "none"
+    CONTEXTS = "contexts"  # intercepted contexts that the policy swaps out
+    CACHE = "cache"  # a second tier of the prefix cache: what is released to the cache is copied to the host too
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What is fixed about a policy, for the scheduler to obey. Defaults are those of min-waste."""
+
+    host: HostUse = HostUse.CONTEXTS
+    prefix_caching: bool = True  # False: never, whatever the configuration says
+    requeues_at_tail: bool = False  # a returned sequence queues as if it had arrived then
+    recompute_tokens: int | None = None  # most query tokens of a step that recomputes or takes returned tokens in
+    waits_for_swaps: bool = False  # the device stands still while blocks move
 
 
 class Policy(Protocol):
-    """Decides at the start of every step, for every intercepted sequence that holds blocks."""
+    """Decides at the start of every step, for every intercepted sequence that holds blocks on the device."""
 
     @property
     def name(self) -> str:
         """What users call it."""
         ...
 
-    def place(self, intercepted: Sequence[InterceptedView], batch: BatchView) -> Sequence[Placement]:
-        """One placement per view, in the same order. Memory pressure may later take more than the policy gave up."""
+    @property
+    def traits(self) -> Traits:
+        """What is fixed about it."""
         ...
 
-
-class Preserve:
-    """Holds every context until its tool returns."""
-
-    name = "preserve"
+    def swap_budget(self, batch: BatchView) -> int | None:
+        """Most blocks that may be moved in this step, both directions together; None: no limit."""
+        ...
 
     def place(self, intercepted: Sequence[InterceptedView], batch: BatchView) -> Sequence[Placement]:
-        """Keeps all."""
-        return [Placement(view.num_blocks) for view in intercepted]
+        """One placement per view, in the same order; earlier views are swapped first.
 
+        Memory pressure may later take more than the policy gave up.
+        """
+        ...
 
-class Discard:
-    """Gives every context up at once; it is recomputed when its tool returns."""
-
-    name = "discard"
-
-    def place(self, intercepted: Sequence[InterceptedView], batch: BatchView) -> Sequence[Placement]:
-        """Keeps none."""
-        return [Placement(0)] * len(intercepted)
+    def next_change(self, now: float) -> float | None:
+        """When the policy wants to be asked again though nothing else happens, seconds; None: never."""
+        ...

@@ -16,6 +16,7 @@ from jaxcept.scheduler.border import StateError, check_ids, check_prompt
 from jaxcept.scheduler.check import check_all
 from jaxcept.scheduler.config import SchedulerConfig
 from jaxcept.scheduler.counters import Counters
+from jaxcept.scheduler.durations import DurationEstimator, Elapsed
 from jaxcept.scheduler.events import Event, FinishReason, PromptLogprobs, Tokens
 from jaxcept.scheduler.interception import Outcome
 from jaxcept.scheduler.lifecycle import Lifecycle
@@ -33,14 +34,15 @@ __all__ = ["Scheduler", "StateError"]
 class Scheduler:
     """Requests in, plans out, results in, events out. Not thread-safe: one thread calls it."""
 
-    def __init__(self, config: SchedulerConfig, policy: Policy) -> None:
+    def __init__(self, config: SchedulerConfig, policy: Policy, estimator: DurationEstimator | None = None) -> None:
         self.config = config
         self.policy = policy
+        self._estimator = estimator if estimator is not None else Elapsed()
         self.memory = ContextMemory(config)
         self._book = Book(config)
         self._flights: deque[Flight] = deque()
         self._planner = Planner(self._book, self.memory)
-        self._lifecycle = Lifecycle(self._book, self.memory, self._flights)
+        self._lifecycle = Lifecycle(self._book, self.memory, self._flights, self._estimator)
         self._next_seq_id = 0
         self._next_step_id = 0
 
@@ -216,9 +218,12 @@ class Scheduler:
             block_size=self.config.block_size,
             num_blocks=self.config.num_blocks,
             num_available_blocks=self.memory.pool.num_available,
+            num_available_host_blocks=0,
             num_running=len(running),
             running_tokens=sum([seq.num_computed for seq in running]),
             num_waiting=len(self._book.waiting),
+            waiting_tokens=sum([len(seq.token_ids) - seq.num_computed for seq in self._book.waiting]),
+            query_tokens=len(self._book.decoding),
         )
         placements = self.policy.place([self._view(seq, now) for seq in seqs], batch)
         for seq, placement in zip(seqs, placements, strict=True):
@@ -235,10 +240,12 @@ class Scheduler:
             tool=opened.tool,
             since=opened.started_at,
             elapsed=now - opened.started_at,
+            remaining_s=self._estimator.remaining(seq.seq_id, now),
             num_tokens=len(seq.token_ids),
             num_computed=seq.num_computed,
             num_blocks=len(seq.blocks),
             num_exclusive_blocks=self.memory.num_exclusive(seq),
+            num_host_blocks=0,
         )
 
     # What others ask.
