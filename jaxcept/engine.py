@@ -104,8 +104,8 @@ class Engine:
         return self.scheduler.room(target, interception)
 
     def next_deadline(self) -> float | None:
-        """When the next interception times out, seconds of the clock: `step` must be called by then."""
-        return self.scheduler.next_deadline()
+        """When `step` must be called though nothing else happens, seconds of the clock; None: never."""
+        return self.scheduler.next_deadline(self.clock.now())
 
     def step(self) -> list[Event]:
         """Plans and submits a step, collects the oldest one where enough are in flight; returns what happened.
@@ -138,6 +138,8 @@ class Engine:
     def _charge(self, plan: StepPlan, submitted: float, now: float) -> None:
         seconds = now - max(submitted, self._last_collect)  # a step starts once the one before it is done
         self._last_collect = now
+        if not plan.num_tokens:
+            return  # it waited for a swap
         num_recomputed = sum([chunk.num_recomputed for chunk in plan.chunks])
         self.ledger.charge_step(seconds, plan.num_tokens, num_recomputed)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 from jaxcept.clock import VirtualClock
@@ -18,7 +18,7 @@ from jaxcept.metrics import Ledger
 from jaxcept.scheduler.config import SchedulerConfig
 from jaxcept.scheduler.events import Event
 from jaxcept.scheduler.params import InterceptParams, SamplingParams, ScriptedTrigger
-from jaxcept.scheduler.plan import StepPlan, StepResult, TokenLogprobs
+from jaxcept.scheduler.plan import BlockMove, FailedMove, MoveKind, StepPlan, StepResult, TokenLogprobs
 from jaxcept.scheduler.policies.preserve import Preserve
 from jaxcept.scheduler.policy import Policy
 from jaxcept.scheduler.request import Request
@@ -58,7 +58,16 @@ class FakeRunner:
         self.wants = [(False, False)] * max_num_seqs
         self.plans: list[StepPlan] = []
         self.fail_at: int | None = None
-        self._results: deque[StepResult] = deque()
+        self.swap_delay = 1
+        self.swap_failures = 0
+        self.host: dict[int, tuple[int, list[int | None]]] = {}
+        self.staged: dict[int, tuple[int, list[int | None], int]] = {}
+        self.outs_through: int | None = None
+        self.ins_through: int | None = None
+        self._outs: deque[int] = deque()
+        self._ins: deque[int] = deque()
+        self._failed: list[FailedMove] = []
+        self._results: deque[tuple[StepPlan, StepResult]] = deque()
 
     def submit(self, plan: StepPlan) -> None:
         """Runs the step at once; the result waits for `collect`."""
@@ -77,19 +86,76 @@ class FakeRunner:
         for row, offset, block_ids in plan.tables:
             for i, block in enumerate(block_ids):
                 self.tables[row][offset + i] = block
-        self._results.append(self._compute(plan))
+        self._results.append((plan, self._compute(plan)))
 
     def collect(self) -> StepResult:
-        """The oldest result."""
-        return self._results.popleft()
+        """The oldest result, with the swaps that are over by then: those of a step `swap_delay` collections later."""
+        plan, result = self._results.popleft()
+        done = self._over(plan, plan.step_id - self.swap_delay)
+        failed = tuple(move for move in self._failed if self._is_covered(move))
+        self._failed = [move for move in self._failed if not self._is_covered(move)]
+        return (
+            replace(result, outs_through=self.outs_through, ins_through=self.ins_through, failed=failed)
+            if done
+            else result
+        )
+
+    def _over(self, plan: StepPlan, through: int) -> bool:
+        """Moves the swaps on; a plan without tokens waits for one."""
+        before = (self.outs_through, self.ins_through)
+        while self._outs and self._outs[0] <= through:
+            self.outs_through = self._outs.popleft()
+        while self._ins and self._ins[0] <= through:
+            self.ins_through = self._ins.popleft()
+        if not plan.num_tokens and before == (self.outs_through, self.ins_through):
+            if self._outs and (not self._ins or self._outs[0] <= self._ins[0]):
+                self.outs_through = self._outs.popleft()
+            elif self._ins:
+                self.ins_through = self._ins.popleft()
+        return self.outs_through is not None or self.ins_through is not None
+
+    def _is_covered(self, failed: FailedMove) -> bool:
+        through = self.outs_through if failed.move.kind is MoveKind.SWAP_OUT else self.ins_through
+        return through is not None and failed.step_id <= through
 
     def _move(self, plan: StepPlan) -> None:
-        size = self.block_size
-        for i, move in enumerate(plan.moves):
-            assert move.src not in [before.dst for before in plan.moves[:i]], "a move needs what another one wrote"
-        contents = [self.pool[move.src * size : (move.src + 1) * size] for move in plan.moves]
-        for move, content in zip(plan.moves, contents, strict=True):
-            self.pool[move.dst * size : (move.dst + 1) * size] = content
+        size, moves = self.block_size, plan.moves
+        kinds = [list(MoveKind).index(move.kind) for move in moves]
+        assert kinds == sorted(kinds), f"moves are out of order: {moves}"
+        copies = [move for move in moves if move.kind is MoveKind.COPY]
+        written: list[int] = []
+        for move in copies:
+            assert move.src not in written, "a copy needs what another one wrote"
+            written.append(move.dst)
+        for kind, src, dst in moves:
+            move = BlockMove(kind, src, dst)
+            if kind is MoveKind.SWAP_OUT:
+                content = self.pool[src * size : (src + 1) * size]
+                self.host[dst] = (plan.step_id, [None] * size if self._fails(plan, move) else content)
+            elif kind is MoveKind.LAND:
+                step_id, content, host_block = self.staged[dst]
+                assert host_block == src and self.ins_through is not None and step_id <= self.ins_through
+                self.pool[dst * size : (dst + 1) * size] = content
+            elif kind is MoveKind.COPY:
+                self.pool[dst * size : (dst + 1) * size] = self.pool[src * size : (src + 1) * size]
+            else:
+                sent_in, content = self.host[src]
+                assert self.outs_through is not None and sent_in <= self.outs_through, "it is not on the host yet"
+                lost = self._fails(plan, move)
+                self.staged[dst] = (plan.step_id, [None] * size if lost else list(content), src)
+        through = -1 if self.ins_through is None else self.ins_through
+        self.staged = {dst: entry for dst, entry in self.staged.items() if entry[0] > through}
+        if any(move.kind is MoveKind.SWAP_OUT for move in moves):
+            self._outs.append(plan.step_id)
+        if any(move.kind is MoveKind.SWAP_IN for move in moves):
+            self._ins.append(plan.step_id)
+
+    def _fails(self, plan: StepPlan, move: BlockMove) -> bool:
+        """Every `swap_failures`-th swap or so loses its block."""
+        if not self.swap_failures or (plan.step_id * 7 + move.src * 3 + move.dst) % self.swap_failures:
+            return False
+        self._failed.append(FailedMove(plan.step_id, move))
+        return True
 
     def _slot(self, row: int, position: int) -> int:
         return self.tables[row][position // self.block_size] * self.block_size + position % self.block_size

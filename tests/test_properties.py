@@ -96,12 +96,14 @@ def workloads(draw: st.DrawFn) -> Workload:
         "max_model_len": draw(st.sampled_from([12, 30, 60])),
         "enable_prefix_caching": draw(st.booleans()),
         "watermark": draw(st.sampled_from([0.0, 0.01, 0.2])),
+        "num_host_blocks": draw(st.sampled_from([0, 2, 6, 40])),
     }
     max_len = min(config["max_model_len"], config["num_blocks"] * config["block_size"])
     return {
         "config": config,
         "policy": draw(st.sampled_from(sorted(POLICIES))),
         "depth": draw(st.sampled_from([0, 1, 1, 2])),
+        "swaps": [draw(st.integers(0, 3)), draw(st.sampled_from([0, 0, 0, 2, 5]))],
         "requests": draw(st.lists(requests(max_len), min_size=1, max_size=6)),
     }
 

@@ -84,5 +84,5 @@ def test_check_sees_what_does_not_add_up():
         pool.check([[block, block]])
     with pytest.raises(AssertionError, match="no block available"):
         [pool.allocate() for _ in range(2)]
-    with pytest.raises(ValueError, match="num_blocks=0"):
-        BlockPool(0)
+    with pytest.raises(ValueError, match="num_blocks=-1"):
+        BlockPool(-1)

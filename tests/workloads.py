@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxcept.clock import VirtualClock
@@ -20,7 +21,7 @@ from jaxcept.scheduler.params import InterceptParams, SamplingParams, ScriptedTr
 from jaxcept.scheduler.plan import StepPlan
 from jaxcept.scheduler.policies.discard import Discard
 from jaxcept.scheduler.policies.preserve import Preserve
-from jaxcept.scheduler.policy import BatchView, InterceptedView, Placement, Policy
+from jaxcept.scheduler.policy import BatchView, HostUse, InterceptedView, Placement, Policy, Traits
 from jaxcept.scheduler.request import Request
 from jaxcept.scheduler.scheduler import Scheduler, StateError
 from tests.fakes import VOCAB, FakeRunner, FakeWatcher, next_token
@@ -37,7 +38,59 @@ class KeepSome(Preserve):
         return [Placement(max(0, view.num_blocks - 1 - int(view.elapsed) // 2)) for view in intercepted]
 
 
-POLICIES: dict[str, type[Policy]] = {"preserve": Preserve, "discard": Discard, "keep-some": KeepSome}
+class SwapAll(Preserve):
+    """Everything goes to the host, whatever it takes."""
+
+    name = "swap-all"
+
+    def __init__(self) -> None:
+        self.traits = Traits()
+
+    def swap_budget(self, batch: BatchView) -> int | None:
+        return None
+
+    def place(self, intercepted: Sequence[InterceptedView], batch: BatchView) -> Sequence[Placement]:
+        return [Placement(0, view.num_blocks) for view in intercepted]
+
+
+class Mixture(Preserve):
+    """Some of everything, by a hash: blocks kept, given up in the middle and swapped, within a small budget."""
+
+    name = "mixture"
+
+    def __init__(self) -> None:
+        self.traits = Traits(recompute_tokens=6)
+
+    def swap_budget(self, batch: BatchView) -> int | None:
+        return int(batch.now) % 4
+
+    def place(self, intercepted: Sequence[InterceptedView], batch: BatchView) -> Sequence[Placement]:
+        placements, budget = [], min(batch.swap_budget or 0, batch.num_available_host_blocks)
+        for view in intercepted:
+            draw = zlib.crc32(f"{view.seq_id}/{view.since}/{batch.now}".encode())
+            swap = min(draw % 4, view.num_blocks, budget)
+            budget -= swap
+            left = view.num_blocks - swap
+            placements.append(Placement(left if draw & 64 else draw // 8 % (left + 1), swap))
+        return placements
+
+
+class Offload(Discard):
+    """An engine of today with a second tier on the host."""
+
+    def __init__(self) -> None:
+        super().__init__("offload", Traits(host=HostUse.CACHE))
+
+
+class DiscardToTail(Discard):
+    """An engine of 2023: a returned sequence queues at the tail."""
+
+    def __init__(self) -> None:
+        super().__init__("discard-to-tail", Traits(host=HostUse.NONE, prefix_caching=False, requeues_at_tail=True))
+
+
+_POLICIES = (Preserve, Discard, KeepSome, SwapAll, Mixture, Offload, DiscardToTail)
+POLICIES: dict[str, Callable[[], Policy]] = {policy().name: policy for policy in _POLICIES}
 
 
 def answer_ids(request: int, index: int, interception: int, length: int) -> tuple[int, ...]:
@@ -85,6 +138,7 @@ class World:
         self.config = SchedulerConfig(vocab_size=VOCAB, **workload["config"])
         self.scheduler = Scheduler(self.config, POLICIES[workload["policy"]]())
         self.runner = FakeRunner(self.config.num_blocks, self.config.block_size, self.config.max_num_seqs)
+        self.runner.swap_delay, self.runner.swap_failures = workload.get("swaps", (1, 0))
         self.clock = VirtualClock()
         self.engine = Engine(self.scheduler, self.runner, self.clock, Ledger(1), workload["depth"])
         self.watchers: dict[tuple[int, int], FakeWatcher] = {}
@@ -115,7 +169,7 @@ class World:
             before = len(self.runner.plans), self.engine.num_in_flight, len(self.finished)
             self._watch()
             for plan in self.runner.plans[before[0] :]:
-                assert 0 < plan.num_tokens <= self.config.max_num_batched_tokens, "over the token budget"
+                assert plan.num_tokens <= self.config.max_num_batched_tokens, "over the token budget"
             idle = idle + 1 if before == (len(self.runner.plans), self.engine.num_in_flight, len(self.finished)) else 0
             assert idle < 5, "the engine has work and does none"
             assert len(self.runner.plans) < 5000, "the workload does not end"
@@ -219,6 +273,8 @@ class World:
         requests = self.workload["requests"]
         assert set(self.finished) == {(n, i) for n, spec in enumerate(requests) for i in range(spec["params"]["n"])}
         self.scheduler.check()
+        host = self.scheduler.swaps.host.pool
+        assert host.num_available == host.num_blocks and not self.scheduler.swaps.loading
         assert self.scheduler.num_held_blocks == 0 and self.scheduler.num_idle_blocks == 0
         assert self.scheduler.num_unfinished == 0 and self.engine.num_in_flight == 0
         for number, spec in enumerate(requests):

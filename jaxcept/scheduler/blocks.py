@@ -15,8 +15,8 @@ class BlockPool:
     """
 
     def __init__(self, num_blocks: int) -> None:
-        if num_blocks < 1:
-            raise ValueError(f"num_blocks={num_blocks}: expected 1 or more")
+        if num_blocks < 0:
+            raise ValueError(f"num_blocks={num_blocks}: expected 0 or more")
         self.num_blocks = num_blocks
         self.refs = [0] * num_blocks
         self.num_evictions = 0
@@ -87,6 +87,13 @@ class BlockPool:
         """The content of a held block changes: it can be found no longer."""
         assert self.refs[block] == 1, f"block {block} has {self.refs[block]} holders: only one may rewrite it"
         self._unregister(block)
+
+    def spoil(self, block: int) -> None:
+        """A block's content is damaged, whoever holds it: it can be found no longer."""
+        self._unregister(block)
+        if block in self._cached:
+            del self._cached[block]
+            self._free.append(block)
 
     def find(self, digest: bytes) -> int | None:
         """The block that holds this content, held or cached."""

@@ -9,13 +9,17 @@ from jaxcept.scheduler.memory import ContextMemory
 from jaxcept.scheduler.planner import Flight
 from jaxcept.scheduler.prefix import block_digest
 from jaxcept.scheduler.sequence import SeqState, Sequence
+from jaxcept.scheduler.swaps import Swaps
 
 
-def check_all(book: Book, memory: ContextMemory, flights: Iterable[Flight]) -> None:
+def check_all(book: Book, memory: ContextMemory, swaps: Swaps, flights: Iterable[Flight]) -> None:
     """AssertionError, with what is wrong, unless everything adds up."""
     _check_places(book)
     _check_rows(book)
-    memory.pool.check([seq.blocks for seq in book.sequences.values()])
+    loads = [seq.load.blocks for seq in book.sequences.values() if seq.load is not None]
+    memory.pool.check([*(seq.blocks for seq in book.sequences.values()), *loads])
+    swaps.host.pool.check([seq.host for seq in book.sequences.values()])
+    _check_host_parts(book, swaps, memory.block_size)
     flights = list(flights)
     for seq in book.sequences.values():
         _check_counts(seq, memory)
@@ -23,6 +27,25 @@ def check_all(book: Book, memory: ContextMemory, flights: Iterable[Flight]) -> N
         _check_writable(seq, memory)
     _check_digests(book, memory)
     assert not memory.moves, "block moves are planned and in no plan"
+
+
+def _check_host_parts(book: Book, swaps: Swaps, size: int) -> None:
+    for seq in book.sequences.values():
+        name = f"sequence {seq.seq_id}"
+        assert (seq.load is not None) == (seq.seq_id in swaps.loading), f"{name}: loading disagrees"
+        if not seq.host:
+            assert seq.host_tokens == 0 and seq.load is None, f"{name}: remembers a host part that is gone"
+            continue
+        end = seq.host_start + len(seq.host)
+        assert len(seq.blocks) <= seq.host_start, f"{name}: has blocks on the device and on the host"
+        assert (end - 1) * size < seq.host_tokens <= end * size, f"{name}: {seq.host_tokens} tokens do not fit its part"
+        assert seq.host_tokens <= seq.max_computed, f"{name}: the host holds what was never computed"
+        if seq.load is not None:
+            load = seq.load
+            assert seq.state is SeqState.RUNNING, f"{name} is {seq.state} and loads"
+            assert len(load.blocks) == len(seq.host), f"{name}: loads into too few or too many blocks"
+            counts = (0, load.num_landed, load.num_arrived, load.num_requested, len(load.blocks))
+            assert list(counts) == sorted(counts), f"{name}: lands before it asks: {counts}"
 
 
 def _check_places(book: Book) -> None:

@@ -21,12 +21,16 @@ class SchedulerConfig:
     vocab_size: int | None = None  # where given, ids outside the vocabulary are refused
     enable_prefix_caching: bool = True
     watermark: float = 0.01
+    num_host_blocks: int = 0  # of the host pool, where intercepted contexts and evicted blocks may go
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r}: expected an integer of 1 or more")
+        hosted = self.num_host_blocks
+        if not isinstance(hosted, int) or isinstance(hosted, bool) or hosted < 0:
+            raise ValueError(f"num_host_blocks={hosted!r}: expected an integer of 0 or more")
         if self.max_model_len < 2:
             raise ValueError(f"max_model_len={self.max_model_len}: expected room for a prompt and one more token")
         if not 0 <= self.watermark < 1:

@@ -20,6 +20,9 @@ class Counters:
     generated_tokens: int = 0
     preemptions: int = 0
     interceptions: int = 0
+    swapped_out_blocks: int = 0
+    swapped_in_blocks: int = 0
+    failed_swaps: int = 0  # blocks that a transfer lost or damaged, and that were recomputed
     cache_query_tokens: int = 0
     cache_hit_tokens: int = 0
     finished: dict[FinishReason, int] = field(default_factory=dict)

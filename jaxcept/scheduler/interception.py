@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 
@@ -19,8 +19,9 @@ class Residency(StrEnum):
     """Where the context was when generation went on."""
 
     PRESERVED = "preserved"
+    SWAPPED = "swapped"  # all that the device did not hold any more was on the host
     DISCARDED = "discarded"
-    MIXED = "mixed"  # the head was kept, the tail given up
+    MIXED = "mixed"  # a part was kept or swapped, a part given up
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,13 @@ class Interception:
     num_returned: int
     num_cached_on_return: int  # tokens found in the prefix cache instead
     outcome: Outcome
+    num_swapped: int = 0  # tokens whose KV came back from the host
+    resumed_at: float | None = None  # when the sequence was admitted again; None where it never was
+
+    @property
+    def queued_s(self) -> float:
+        """Seconds between the answer and the step that took the sequence in again."""
+        return 0.0 if self.resumed_at is None else self.resumed_at - self.ended_at
 
     @property
     def duration_s(self) -> float:
@@ -58,12 +66,8 @@ class OpenInterception:
     outcome: Outcome = Outcome.ABORTED
     num_returned: int = 0
 
-    def close(self, now: float, num_kept: int, num_recomputed: int = 0, num_cached: int = 0) -> Interception:
-        """The record, given how many computed tokens are still held."""
-        if num_kept == 0:
-            residency = Residency.DISCARDED
-        else:
-            residency = Residency.PRESERVED if num_kept >= self.num_computed else Residency.MIXED
+    def close(self, now: float, num_kept: int, num_swapped: int = 0) -> Interception:
+        """The record of one that never went on, given how many computed tokens are held on the device and the host."""
         ended_at = now if self.ended_at is None else self.ended_at
         return Interception(
             index=self.index,
@@ -71,9 +75,22 @@ class OpenInterception:
             started_at=self.started_at,
             ended_at=ended_at,
             context_tokens=self.context_tokens,
-            residency=residency,
-            num_recomputed=num_recomputed,
+            residency=self._residency(num_kept, num_swapped),
+            num_recomputed=0,
             num_returned=self.num_returned,
-            num_cached_on_return=num_cached,
+            num_cached_on_return=0,
             outcome=self.outcome,
+            num_swapped=num_swapped,
         )
+
+    def resume(self, now: float, num_kept: int, num_swapped: int, num_recomputed: int, num_cached: int) -> Interception:
+        """The record of one whose sequence goes on."""
+        record = self.close(now, num_kept, num_swapped)
+        return replace(record, num_recomputed=num_recomputed, num_cached_on_return=num_cached, resumed_at=now)
+
+    def _residency(self, num_kept: int, num_swapped: int) -> Residency:
+        if num_kept >= self.num_computed and num_kept > 0:
+            return Residency.PRESERVED
+        if num_swapped and num_kept + num_swapped >= self.num_computed:
+            return Residency.SWAPPED
+        return Residency.MIXED if num_kept or num_swapped else Residency.DISCARDED

@@ -17,6 +17,7 @@ from jaxcept.scheduler.memory import ContextMemory
 from jaxcept.scheduler.params import OnToolFailure
 from jaxcept.scheduler.planner import Flight
 from jaxcept.scheduler.sequence import SeqState, Sequence
+from jaxcept.scheduler.swaps import Swaps
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +28,19 @@ class Lifecycle:
     """Moves sequences from state to state, out of turn with the steps in flight: what those still draw is dropped."""
 
     def __init__(
-        self, book: Book, memory: ContextMemory, flights: Iterable[Flight], estimator: DurationEstimator
+        self,
+        book: Book,
+        memory: ContextMemory,
+        swaps: Swaps,
+        flights: Iterable[Flight],
+        estimator: DurationEstimator,
+        requeues_at_tail: bool = False,
     ) -> None:
         self._config = book.config
         self._book = book
         self._memory = memory
+        self._swaps = swaps
+        self._requeues_at_tail = requeues_at_tail
         self._flights = flights
         self._estimator = estimator
         self._deadlines: list[tuple[float, int, int]] = []  # a heap of (time, seq_id, interception)
@@ -55,8 +64,10 @@ class Lifecycle:
         if seq.opened is not None and seq.opened.ended_at is None:
             self._estimator.end(seq.seq_id, now, has_returned=False)
         if seq.opened is not None:
-            seq.interceptions.append(seq.opened.close(now, seq.num_computed))
+            on_host = max(0, seq.host_tokens - seq.host_start * self._config.block_size)
+            seq.interceptions.append(seq.opened.close(now, seq.num_computed, on_host))
             seq.opened = None
+        self._swaps.release(seq)
         self._memory.truncate(seq, 0)
         self._book.finish(seq)
         self._book.counters.finish(reason)
@@ -113,6 +124,8 @@ class Lifecycle:
             self.finish(seq, FinishReason.LENGTH, now)
             return
         seq.rearm(self._config.max_len)
+        if self._requeues_at_tail:
+            seq.key = (now, seq.seq_id)
         self._book.wait(seq)
 
     def fail(self, seq: Sequence, outcome: Outcome, reason: FinishReason, now: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jaxcept.scheduler.blocks import BlockPool
 from jaxcept.scheduler.config import SchedulerConfig
+from jaxcept.scheduler.host import HostMemory
 from jaxcept.scheduler.plan import BlockMove, MoveKind
 from jaxcept.scheduler.sequence import Sequence
 
@@ -11,15 +12,18 @@ from jaxcept.scheduler.sequence import Sequence
 class ContextMemory:
     """Owns the pool; the only one to change a sequence's block table and `num_computed` downwards."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, second_tier: HostMemory | None = None) -> None:
         self.config = config
+        self.second_tier = second_tier  # where what is left to the prefix cache is copied to as well
         self.pool = BlockPool(config.num_blocks)
         self.block_size = config.block_size
         self.moves: list[BlockMove] = []  # for the next plan
 
     def missing(self, seq: Sequence, num_tokens: int) -> int:
         """Blocks that the sequence lacks to hold the KV of its first num_tokens tokens."""
-        return max(0, self.config.blocks_for(num_tokens) - len(seq.blocks))
+        num_blocks = self.config.blocks_for(num_tokens)
+        loading = len(seq.load.blocks) if seq.load is not None and num_blocks > seq.host_start else 0
+        return max(0, num_blocks - len(seq.blocks) - loading)
 
     def grow(self, seq: Sequence, num_tokens: int) -> tuple[int, ...]:
         """Appends the missing blocks, which must be available, and returns them."""
@@ -39,11 +43,20 @@ class ContextMemory:
         """Gives up all but the first `keep` blocks. What is full of known tokens stays findable until evicted."""
         self.register(seq)
         blocks = seq.blocks
+        if self.second_tier is not None:
+            self._copy_to(self.second_tier, seq, keep)
         self.pool.release(blocks[keep:])
         del blocks[keep:]
         seq.max_computed = max(seq.max_computed, seq.num_computed)
         seq.num_computed = min(seq.num_computed, keep * self.block_size)
         seq.num_registered = min(seq.num_registered, keep)
+
+    def _copy_to(self, host: HostMemory, seq: Sequence, first: int) -> None:
+        for index in range(first, min(len(seq.blocks), seq.num_registered)):
+            host_block = host.send(seq.blocks[index], seq.digest(index, self.block_size))
+            if host_block is None:
+                return
+            host.pool.release([host_block])  # nobody holds it: it is cached there
 
     def register(self, seq: Sequence) -> None:
         """Makes the sequence's full, computed blocks of known tokens findable.
@@ -58,9 +71,13 @@ class ContextMemory:
             self.pool.register(seq.blocks[index], seq.digest(index, self.block_size))
         seq.num_registered = max(seq.num_registered, full)
 
+    def may_find(self, seq: Sequence) -> bool:
+        """Whether the prefix cache may serve the sequence."""
+        return self.config.enable_prefix_caching and not seq.family.needs_prompt_logprobs
+
     def find_cached(self, seq: Sequence) -> list[int]:
         """Blocks of the prefix cache that continue what the sequence holds; at least one token is left to compute."""
-        if not self.config.enable_prefix_caching or seq.family.needs_prompt_logprobs:
+        if not self.may_find(seq):
             return []
         if seq.num_computed < len(seq.blocks) * self.block_size:
             return []  # its last block is partly filled already

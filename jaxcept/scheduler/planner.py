@@ -26,7 +26,9 @@ from jaxcept.scheduler.book import Book
 from jaxcept.scheduler.events import Resumed
 from jaxcept.scheduler.memory import ContextMemory
 from jaxcept.scheduler.plan import Chunk, ChunkKind, Decodes, RowSetup, StepPlan, TableUpdate
+from jaxcept.scheduler.policy import Traits
 from jaxcept.scheduler.sequence import SeqState, Sequence
+from jaxcept.scheduler.swaps import Swaps
 
 _KEY = attrgetter("key")
 
@@ -63,10 +65,13 @@ class _Draft:
 class Planner:
     """Builds one plan at a time out of the book and the memory."""
 
-    def __init__(self, book: Book, memory: ContextMemory) -> None:
+    def __init__(self, book: Book, memory: ContextMemory, swaps: Swaps, traits: Traits) -> None:
         self.config = book.config
         self.book = book
         self.memory = memory
+        self.swaps = swaps
+        self.traits = traits
+        self._recompute_left = 0  # query tokens that this step may still spend on recomputed and returned tokens
         self._draft = _Draft(0, 0.0)
         self._version = -1  # of book.decoding, to which the columns below belong
         self._seqs: list[Sequence] = []
@@ -74,15 +79,15 @@ class Planner:
         self._rows: tuple[int, ...] = ()
 
     def plan(self, step_id: int, now: float) -> tuple[StepPlan, Flight] | None:
-        """The next step, or None where nothing can be computed."""
+        """The next step, or None where nothing can be computed or moved, and no swap is to be waited for."""
         self._draft = _Draft(step_id, now)
         decodes, seqs, budget = self._serve_running()
         if not self._draft.has_preempted:
             self._admit_waiting(budget)
-        if not seqs and not self._draft.chunks:
-            assert not self.memory.moves, "a step that computes nothing moves blocks"
-            return None
-        return self._seal(decodes, seqs)
+        if seqs or self._draft.chunks or self._draft.setups or self.swaps.loading or self.swaps.has_moves:
+            return self._seal(decodes, seqs)
+        assert not self.memory.moves, "a step that computes nothing copies blocks"
+        return None
 
     def _seal(self, decodes: Decodes, seqs: list[Sequence]) -> tuple[StepPlan, Flight]:
         counters = self.book.counters
@@ -95,7 +100,8 @@ class Planner:
             seqs = seqs + [
                 seq for seq, chunk in zip(self._draft.seqs, self._draft.chunks, strict=True) if chunk.samples
             ]
-        moves, self.memory.moves = tuple(self.memory.moves), []
+        copies, self.memory.moves = self.memory.moves, []
+        moves = self.swaps.take_moves(copies)
         plan = StepPlan(
             step_id=self._draft.step_id,
             decodes=decodes,
@@ -103,6 +109,7 @@ class Planner:
             tables=tuple(self._draft.tables),
             rows=tuple(self._draft.setups),
             moves=moves,
+            waits_for_swaps=self.traits.waits_for_swaps,
         )
         seq_ids = decodes.seq_ids if num_decodes == len(seqs) else plan.sampling_seq_ids
         return plan, Flight(self._draft.step_id, seqs, seq_ids, num_decodes, set())
@@ -114,6 +121,8 @@ class Planner:
         budget = self.config.max_num_batched_tokens
         decoding = self.book.decoding.items[:budget]
         chunk_budget = budget - len(decoding)
+        limit = self.traits.recompute_tokens
+        self._recompute_left = budget if limit is None else max(self.config.block_size, limit - len(decoding))
         scheduled: list[Sequence] = []
         positions: list[int] = []
         begin = 0
@@ -163,7 +172,9 @@ class Planner:
 
     def _continue(self, seq: Sequence, budget: int) -> int:
         """The next chunk of a running sequence; returns its tokens."""
-        size = min(len(seq.token_ids) - seq.num_computed, budget)
+        if seq.load is not None and seq.load.is_landed and seq.num_computed == seq.host_start * self.config.block_size:
+            self._draft.extend_table(seq, len(seq.blocks), self.swaps.join(seq))
+        size = self._chunk_size(seq, budget)
         if size <= 0:
             return 0
         missing = self.memory.missing(seq, seq.num_computed + size)
@@ -171,6 +182,16 @@ class Planner:
             return 0
         self._draft.extend_table(seq, len(seq.blocks), self.memory.grow(seq, seq.num_computed + size))
         self._add_chunk(seq, size)
+        return size
+
+    def _chunk_size(self, seq: Sequence, budget: int) -> int:
+        """Tokens that the sequence may compute in this step: 0 while it waits for its host part."""
+        start = seq.num_computed
+        end = len(seq.token_ids) if seq.load is None else seq.host_start * self.config.block_size
+        size = min(end - start, budget)
+        if start < seq.max_computed or start >= seq.num_prompt:
+            size = min(size, self._recompute_left)
+            self._recompute_left -= max(0, size)
         return size
 
     def _add_chunk(self, seq: Sequence, size: int) -> None:
@@ -222,6 +243,7 @@ class Planner:
 
     def _preempt(self, seq: Sequence) -> None:
         """RUNNING → WAITING without blocks. A token that is still to be collected is kept."""
+        self.swaps.cancel(seq)
         self.memory.truncate(seq, 0)
         seq.attention = 0
         seq.num_preemptions += 1
@@ -243,7 +265,7 @@ class Planner:
                 index += 1
                 continue
             size = self._admit(seq, source, budget)
-            if size == 0:
+            if size is None:
                 return
             budget -= size
 
@@ -265,9 +287,12 @@ class Planner:
             return False
         return any(sibling.state is SeqState.RUNNING for sibling in seq.family.sequences)
 
-    def _admit(self, seq: Sequence, source: Sequence | None, budget: int) -> int:
-        """WAITING → RUNNING with a first chunk, whose size is returned; 0 where it does not fit."""
-        memory = self.memory
+    def _admit(self, seq: Sequence, source: Sequence | None, budget: int) -> int | None:
+        """WAITING → RUNNING with a first chunk, whose size is returned; None where it does not fit.
+
+        A sequence whose context is on its way from the host may have nothing to compute yet: 0.
+        """
+        memory, swaps = self.memory, self.swaps
         num_kept = seq.num_computed
         seq.max_computed = max(seq.max_computed, num_kept)
         if seq.num_computed >= len(seq.token_ids):
@@ -280,19 +305,25 @@ class Planner:
             source, num_found = None, seq.num_computed + len(found) * self.config.block_size
         if not self._fits(seq, found, num_found):
             seq.num_computed = num_kept
-            return 0
+            return None
         if found:
             memory.adopt(seq, found, num_found)
         self._take_from_idle(seq)
+        if source is None:
+            swaps.match(seq)
+        if seq.host:
+            swaps.begin_load(seq)
         memory.make_writable(seq)
         self._note_admission(seq, num_kept, 0 if source is not None else len(found) * self.config.block_size)
 
-        size = min(len(seq.token_ids) - seq.num_computed, budget)
+        size = max(0, self._chunk_size(seq, budget))
         memory.grow(seq, seq.num_computed + size)
         row = self.book.run(seq)
         self._draft.setups.append(self._row_setup(seq, row))
         self._draft.extend_table(seq, 0, tuple(seq.blocks))
-        self._add_chunk(seq, size)
+        if size:
+            self._add_chunk(seq, size)
+        seq.chunk_step = self._draft.step_id
         seq.chunk_start = 0  # what it adopted may be copied by this step's moves: siblings must not copy it yet
         return size
 
@@ -342,8 +373,9 @@ class Planner:
             seq.first_scheduled_at = self._draft.now
             seq.num_cached = num_cached
         if seq.opened is not None:
-            num_recomputed = max(0, seq.max_computed - seq.num_computed)
-            record = seq.opened.close(self._draft.now, num_kept, num_recomputed, num_cached)
+            num_swapped = max(0, seq.host_tokens - seq.host_start * self.config.block_size)
+            num_recomputed = max(0, seq.max_computed - seq.num_computed - num_swapped)
+            record = seq.opened.resume(self._draft.now, num_kept, num_swapped, num_recomputed, num_cached)
             seq.interceptions.append(record)
             seq.opened = None
             request_id = seq.request.request_id

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 from jaxcept.scheduler.book import Book
 from jaxcept.scheduler.border import StateError, check_ids, check_prompt
@@ -18,15 +19,17 @@ from jaxcept.scheduler.config import SchedulerConfig
 from jaxcept.scheduler.counters import Counters
 from jaxcept.scheduler.durations import DurationEstimator, Elapsed
 from jaxcept.scheduler.events import Event, FinishReason, PromptLogprobs, Tokens
+from jaxcept.scheduler.host import HostMemory
 from jaxcept.scheduler.interception import Outcome
 from jaxcept.scheduler.lifecycle import Lifecycle
 from jaxcept.scheduler.memory import ContextMemory
 from jaxcept.scheduler.params import OnToolFailure
 from jaxcept.scheduler.plan import StepPlan, StepResult, TokenLogprobs
 from jaxcept.scheduler.planner import Flight, Planner
-from jaxcept.scheduler.policy import BatchView, InterceptedView, Policy
+from jaxcept.scheduler.policy import BatchView, HostUse, InterceptedView, Policy
 from jaxcept.scheduler.request import Request
 from jaxcept.scheduler.sequence import Family, SeqState, Sequence
+from jaxcept.scheduler.swaps import Swaps
 
 __all__ = ["Scheduler", "StateError"]
 
@@ -35,14 +38,20 @@ class Scheduler:
     """Requests in, plans out, results in, events out. Not thread-safe: one thread calls it."""
 
     def __init__(self, config: SchedulerConfig, policy: Policy, estimator: DurationEstimator | None = None) -> None:
+        traits = policy.traits
+        config = replace(config, enable_prefix_caching=config.enable_prefix_caching and traits.prefix_caching)
         self.config = config
         self.policy = policy
         self._estimator = estimator if estimator is not None else Elapsed()
-        self.memory = ContextMemory(config)
+        host = HostMemory(config.num_host_blocks if traits.host is not HostUse.NONE else 0)
+        self.memory = ContextMemory(config, host if traits.host is HostUse.CACHE else None)
         self._book = Book(config)
+        self.swaps = Swaps(self._book, self.memory, host, traits.host)
         self._flights: deque[Flight] = deque()
-        self._planner = Planner(self._book, self.memory)
-        self._lifecycle = Lifecycle(self._book, self.memory, self._flights, self._estimator)
+        self._planner = Planner(self._book, self.memory, self.swaps, traits)
+        self._lifecycle = Lifecycle(
+            self._book, self.memory, self.swaps, self._flights, self._estimator, traits.requeues_at_tail
+        )
         self._next_seq_id = 0
         self._next_step_id = 0
 
@@ -131,14 +140,18 @@ class Scheduler:
         """Ends the interceptions whose time is up; `schedule` does so first."""
         self._lifecycle.expire(now)
 
-    def next_deadline(self) -> float | None:
-        """When the next interception times out, seconds; None where none is open."""
-        return self._lifecycle.next_deadline()
+    def next_deadline(self, now: float) -> float | None:
+        """When `schedule` is to be called though nothing else happens, seconds: an interception times out, or the
+        policy changes its mind. None: never."""
+        moments = (self._lifecycle.next_deadline(), self.policy.next_change(now))
+        return min((moment for moment in moments if moment is not None), default=None)
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None where nothing can be computed until a result, an answer or a request comes in."""
         self._lifecycle.expire(now)
-        self._place_contexts(now)
+        batch = self._batch_view(now)
+        self.swaps.begin_step(self._next_step_id, self.policy.swap_budget(batch))
+        self._place_contexts(batch)
         planned = self._planner.plan(self._next_step_id, now)
         if planned is None:
             return None
@@ -154,6 +167,7 @@ class Scheduler:
             f"results out of order: step {flight.step_id} is due, got {result.step_id} for plan {plan.step_id}"
         )
         assert len(result.token_ids) == len(flight.seqs), f"{len(result.token_ids)} tokens for {len(flight.seqs)} draws"
+        self.swaps.settle(result)
         if result.prompt_logprobs:
             self._take_prompt_logprobs(plan, result)
         for seq in flight.seqs[flight.num_decodes :]:
@@ -181,7 +195,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Asserts every invariant whole; for tests, it takes time in proportion to everything there is."""
-        check_all(self._book, self.memory, self._flights)
+        check_all(self._book, self.memory, self.swaps, self._flights)
 
     def _append(self, seqs: list[Sequence], token_ids: tuple[int, ...], now: float) -> None:
         """The hot loop: a sequence is judged only where the token or its place is special, or a watcher reads it."""
@@ -206,30 +220,40 @@ class Scheduler:
                 whole = tuple(family.prompt_logprobs[: seq.num_prompt - 1])
                 self._book.events.append(PromptLogprobs(family.request.request_id, whole))
 
-    def _place_contexts(self, now: float) -> None:
+    def _place_contexts(self, batch: BatchView) -> None:
         """Asks the policy where the contexts of intercepted sequences live."""
         self._book.has_unplaced = False
         seqs = [seq for seq in self._book.holders.values() if seq.state is SeqState.INTERCEPTED]
         if not seqs:
             return
-        running = (*self._book.prefilling, *self._book.decoding)
-        batch = BatchView(
+        batch = batch._replace(swap_budget=self.swaps.budget_left)
+        placements = self.policy.place([self._view(seq, batch.now) for seq in seqs], batch)
+        for seq, (keep, swap) in zip(seqs, placements, strict=True):
+            num_blocks = len(seq.blocks)
+            assert 0 <= keep <= keep + swap <= num_blocks, (
+                f"policy {self.policy.name} keeps {keep} and swaps {swap} of {num_blocks} blocks"
+            )
+            left = swap - self.swaps.swap_out(seq, swap) if swap else 0
+            if left == 0 and (swap or keep < num_blocks):
+                self._planner.shrink(seq, keep)
+
+    def _batch_view(self, now: float) -> BatchView:
+        book, pool = self._book, self.memory.pool
+        waiting_tokens = sum([len(seq.token_ids) - seq.num_computed for seq in book.waiting])
+        prefilling_tokens = sum([len(seq.token_ids) - seq.num_computed for seq in book.prefilling])
+        num_decoding = len(book.decoding)
+        return BatchView(
             now=now,
             block_size=self.config.block_size,
             num_blocks=self.config.num_blocks,
-            num_available_blocks=self.memory.pool.num_available,
-            num_available_host_blocks=0,
-            num_running=len(running),
-            running_tokens=sum([seq.num_computed for seq in running]),
-            num_waiting=len(self._book.waiting),
-            waiting_tokens=sum([len(seq.token_ids) - seq.num_computed for seq in self._book.waiting]),
-            query_tokens=len(self._book.decoding),
+            num_available_blocks=pool.num_available,
+            num_available_host_blocks=self.swaps.host.pool.num_available,
+            num_running=book.num_running,
+            running_tokens=sum([seq.num_computed for queue in (book.prefilling, book.decoding) for seq in queue]),
+            num_waiting=len(book.waiting),
+            waiting_tokens=waiting_tokens,
+            query_tokens=min(num_decoding + prefilling_tokens + waiting_tokens, self.config.max_num_batched_tokens),
         )
-        placements = self.policy.place([self._view(seq, now) for seq in seqs], batch)
-        for seq, placement in zip(seqs, placements, strict=True):
-            assert placement.keep >= 0, f"policy {self.policy.name} keeps {placement.keep} blocks of a context"
-            if placement.keep < len(seq.blocks):
-                self._planner.shrink(seq, placement.keep)
 
     def _view(self, seq: Sequence, now: float) -> InterceptedView:
         opened = seq.opened
@@ -245,7 +269,7 @@ class Scheduler:
             num_computed=seq.num_computed,
             num_blocks=len(seq.blocks),
             num_exclusive_blocks=self.memory.num_exclusive(seq),
-            num_host_blocks=0,
+            num_host_blocks=len(seq.host),
         )
 
     # What others ask.

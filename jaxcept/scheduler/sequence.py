@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from enum import StrEnum
 
 from jaxcept.scheduler.interception import Interception, OpenInterception
@@ -40,12 +41,45 @@ class Family:
         return not self.prompt_logprobs_sent
 
 
+class Load:
+    """The way back of a context's host part: a device block for each of its blocks, and how far the copies are."""
+
+    __slots__ = ("blocks", "num_arrived", "num_landed", "num_requested", "requests")
+
+    def __init__(self, blocks: list[int]) -> None:
+        self.blocks = blocks
+        self.num_requested = 0
+        self.num_arrived = 0
+        self.num_landed = 0
+        self.requests: deque[tuple[int, int]] = deque()  # (step that asks, num_requested after it)
+
+    def arrive(self, through: int) -> None:
+        """What steps up to this one asked for has arrived."""
+        while self.requests and self.requests[0][0] <= through:
+            self.num_arrived = min(self.requests.popleft()[1], len(self.blocks))
+
+    def cut(self, keep: int) -> None:
+        """Nothing comes for any but the first `keep` blocks."""
+        del self.blocks[keep:]
+        self.num_requested = min(self.num_requested, keep)
+        self.num_arrived = min(self.num_arrived, keep)
+        self.num_landed = min(self.num_landed, keep)
+
+    @property
+    def is_landed(self) -> bool:
+        """Whether everything is in its block."""
+        return self.num_landed == len(self.blocks)
+
+
 class Sequence:
     """One completion. The scheduler alone changes it.
 
     `token_ids` are the ids known on the host; `num_pending` more are drawn by submitted steps and not collected.
     `num_computed` counts the tokens whose KV is in `blocks`, or will be once the submitted steps ran. While the
     sequence decodes, num_computed + 1 == len(token_ids) + num_pending.
+
+    `host` are the host blocks that hold the KV of the tokens host_start * block_size .. host_tokens - 1: the tail of a
+    context that was swapped out. While it comes back, `load` says how far it is.
     """
 
     __slots__ = (
@@ -59,11 +93,15 @@ class Sequence:
         "family",
         "first_scheduled_at",
         "first_token_at",
+        "host",
+        "host_start",
+        "host_tokens",
         "index",
         "interceptions",
         "is_decoding",
         "key",
         "last_position",
+        "load",
         "max_computed",
         "num_cached",
         "num_computed",
@@ -117,6 +155,10 @@ class Sequence:
         self.max_computed = 0  # tokens whose KV was computed at some time
         self.digests: list[bytes] = []  # of the full blocks, as far as they were needed
         self.num_registered = 0  # blocks whose content the prefix cache was told of
+        self.host: list[int] = []
+        self.host_start = 0  # index in the block table of the first of them
+        self.host_tokens = 0
+        self.load: Load | None = None
         self.exclusive_state = (-1, 0)  # for which num_exclusive was counted
         self.num_exclusive = 0
         self.chunk_step = -1  # the last step that computed a chunk of this sequence
