@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import random
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -128,6 +129,63 @@ def make_request(number: int, spec: Workload, watchers: dict[tuple[int, int], Fa
         seed_base=number,
         watcher=watcher if spec["watch"] is not None else None,
     )
+
+
+def busy_workload(seed: int) -> Workload:
+    """A seeded workload in which almost every request calls tools, in memory that is short, with swaps that may fail."""
+    rng = random.Random(seed)
+    block_size = rng.choice((1, 2, 4))
+    num_blocks = rng.randint(10, 40) * 4 // block_size
+    max_len = min(64, num_blocks * block_size)
+    requests = []
+    for _ in range(rng.randint(3, 10)):
+        length = rng.randint(1, max_len // 2)
+        first = rng.choice((0, 0, rng.randrange(VOCAB)))  # many prompts begin alike
+        script = [rng.randint(1, 5) for _ in range(rng.randint(0, 4))]
+        answers = [[rng.choice(("return",) * 6 + ("fail",)), rng.randint(0, 9), rng.randint(0, 8)] for _ in range(3)]
+        requests.append(
+            {
+                "at": rng.randint(0, 10),
+                "prompt": [(first + 3 * i) % VOCAB for i in range(length)],
+                "params": {"n": rng.choice((1, 1, 1, 2)), "max_tokens": rng.randint(2, 20)},
+                "intercept": {
+                    "token_ids": [],
+                    "script": script,
+                    "timeout_s": rng.choice((4.0, 1000.0, 1000.0)),
+                    "max_interceptions": 64,
+                    "max_returned_tokens": None,
+                    "on_failure": rng.choice(("tell", "fail")),
+                    "failure_ids": [3, 4],
+                },
+                "eos": [],
+                "salt": rng.choice(("", "", "other")),
+                "watch": None,
+                "abort_at": rng.choice((None, None, None, rng.randint(1, 30))),
+                "answers": answers,
+            }
+        )
+        requests[-1]["params"] |= {
+            "min_tokens": 0,
+            "stop_token_ids": [],
+            "ignore_eos": True,
+            "seed": rng.choice((None, 1)),
+        }
+    return {
+        "config": {
+            "num_blocks": num_blocks,
+            "block_size": block_size,
+            "max_num_seqs": rng.randint(2, 5),
+            "max_num_batched_tokens": rng.choice((4, 16, 64)),
+            "max_model_len": max_len,
+            "enable_prefix_caching": rng.random() < 0.5,
+            "watermark": 0.01,
+            "num_host_blocks": rng.choice((num_blocks // 4, num_blocks, 4 * num_blocks)),
+        },
+        "policy": rng.choice(sorted(POLICIES)),
+        "depth": rng.randint(0, 2),
+        "swaps": [rng.randint(0, 4), rng.choice((0, 0, 0, 3, 11))],
+        "requests": requests,
+    }
 
 
 class World:

@@ -39,7 +39,7 @@ def _check_host_parts(book: Book, swaps: Swaps, size: int) -> None:
         end = seq.host_start + len(seq.host)
         assert len(seq.blocks) <= seq.host_start, f"{name}: has blocks on the device and on the host"
         assert (end - 1) * size < seq.host_tokens <= end * size, f"{name}: {seq.host_tokens} tokens do not fit its part"
-        assert seq.host_tokens <= seq.max_computed, f"{name}: the host holds what was never computed"
+        assert seq.host_tokens <= len(seq.token_ids), f"{name}: the host holds tokens that it has not"
         if seq.load is not None:
             load = seq.load
             assert seq.state is SeqState.RUNNING, f"{name} is {seq.state} and loads"

@@ -275,7 +275,7 @@ class Planner:
 
     def _sharing_source(self, seq: Sequence) -> Sequence | None:
         """A sibling whose blocks hold the KV of the prompt."""
-        if seq.blocks or seq.num_prompt == 1:
+        if seq.blocks or seq.host or seq.num_prompt == 1:
             return None
         for sibling in seq.family.sequences:
             if sibling is not seq and sibling.settled(self._draft.step_id) >= self._shared_tokens(seq):
@@ -283,7 +283,7 @@ class Planner:
         return None
 
     def _sibling_computes_prompt(self, seq: Sequence) -> bool:
-        if seq.blocks or seq.num_prompt == 1:
+        if seq.blocks or seq.host or seq.num_prompt == 1:
             return False
         return any(sibling.state is SeqState.RUNNING for sibling in seq.family.sequences)
 
