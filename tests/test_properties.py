@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fakes import VOCAB
-from tests.workloads import POLICIES, Workload, World, outputs, plan_digest, without_times
+from tests.workloads import POLICIES, Workload, World, busy_workload, outputs, plan_digest, without_times
 
 HERE = Path(__file__).parent
 TRACES = sorted((HERE / "traces").glob("*.json"))
@@ -125,6 +125,20 @@ def test_tokens_are_the_same_under_every_policy_depth_and_cache(workload: Worklo
             world.run()
             seen.append(outputs(world))
     assert all(each == seen[0] for each in seen)
+
+
+@pytest.mark.parametrize("seeds", [range(start, start + 25) for start in range(0, 200, 25)], ids=str)
+def test_tokens_are_the_same_with_swaps_in_flight(seeds: range):
+    """200 busy workloads: as they are, with aborts and timeouts; then without these, under every policy."""
+    for seed in seeds:
+        workload = busy_workload(seed)
+        World(workload).run()
+        seen = []
+        for policy in POLICIES:
+            world = World(without_times({**workload, "policy": policy}))
+            world.run()
+            seen.append(outputs(world))
+        assert all(each == seen[0] for each in seen), f"seed {seed}"
 
 
 @given(workloads())
