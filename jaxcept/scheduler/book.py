@@ -6,6 +6,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 from operator import attrgetter
+from typing import Protocol
 
 from jaxcept.scheduler.config import SchedulerConfig
 from jaxcept.scheduler.counters import Counters
@@ -13,10 +14,29 @@ from jaxcept.scheduler.events import Event
 from jaxcept.scheduler.sequence import Family, SeqState, Sequence
 
 _KEY = attrgetter("key")
+OVERDUE = float("-inf")  # the rank of a sequence that has waited too long
+
+
+class Ranking(Protocol):
+    """Where a sequence belongs among the waiting."""
+
+    def rank(self, seq: Sequence) -> float:
+        """Less is served earlier; equal ranks go by arrival."""
+        ...
+
+
+class ByArrival:
+    """First come, first served."""
+
+    def rank(self, seq: Sequence) -> float:
+        """The same for all."""
+        return 0.0
 
 
 class ArrivalQueue:
-    """Sequences in order of their original arrival, ties by seq_id; `version` grows with every change."""
+    """Sequences in order of their keys: original arrival, ties by seq_id; `version` grows with every change."""
+
+    _key = staticmethod(_KEY)
 
     def __init__(self) -> None:
         self.items: list[Sequence] = []
@@ -30,7 +50,7 @@ class ArrivalQueue:
 
     def add(self, seq: Sequence) -> None:
         """Puts a sequence in its place."""
-        insort(self.items, seq, key=_KEY)
+        insort(self.items, seq, key=self._key)
         self.version += 1
 
     def remove(self, seq: Sequence) -> None:
@@ -42,12 +62,18 @@ class ArrivalQueue:
 
     def before(self, seq: Sequence) -> int:
         """How many of the queue arrived before the sequence."""
-        return bisect_left(self.items, seq.key, key=_KEY)
+        return bisect_left(self.items, self._key(seq), key=self._key)
 
     @property
     def last(self) -> Sequence | None:
         """The latest arrival."""
         return self.items[-1] if self.items else None
+
+
+class WaitingQueue(ArrivalQueue):
+    """The waiting sequences by the rank that the queue order gave them, then by arrival."""
+
+    _key = staticmethod(attrgetter("queue_key"))
 
 
 class Book:
@@ -57,13 +83,14 @@ class Book:
     `holders` are the sequences that hold blocks without a row: INTERCEPTED ones, and WAITING ones that came back.
     """
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, ranking: Ranking | None = None) -> None:
         self.config = config
+        self.ranking = ranking if ranking is not None else ByArrival()
         self.counters = Counters()
         self.events: list[Event] = []
         self.families: dict[str, Family] = {}
         self.sequences: dict[int, Sequence] = {}
-        self.waiting = ArrivalQueue()
+        self.waiting = WaitingQueue()
         self.prefilling = ArrivalQueue()
         self.decoding = ArrivalQueue()
         self.intercepted: dict[int, Sequence] = {}
@@ -89,15 +116,27 @@ class Book:
         """The sequence without a row that holds blocks and arrived last, other than `but`."""
         return max((seq for seq in self.holders.values() if seq is not but), key=_KEY, default=None)
 
-    def admit(self, seq: Sequence) -> None:
+    def admit(self, seq: Sequence, now: float) -> None:
         """An unknown sequence → WAITING."""
         self.sequences[seq.seq_id] = seq
-        self.waiting.add(seq)
+        self._queue(seq, now)
 
-    def wait(self, seq: Sequence) -> None:
+    def wait(self, seq: Sequence, now: float) -> None:
         """RUNNING or INTERCEPTED → WAITING."""
         self._leave(seq)
         seq.state = SeqState.WAITING
+        self._queue(seq, now)
+
+    def hurry(self, seq: Sequence) -> None:
+        """A WAITING sequence has waited too long: from here on it goes by its arrival, before all that are ranked."""
+        self.waiting.remove(seq)
+        seq.is_overdue = True
+        seq.queue_key = (OVERDUE, *seq.key)
+        self.waiting.add(seq)
+
+    def _queue(self, seq: Sequence, now: float) -> None:
+        seq.queued_at = now
+        seq.queue_key = (OVERDUE if seq.is_overdue else self.ranking.rank(seq), *seq.key)
         self.waiting.add(seq)
 
     def run(self, seq: Sequence) -> int:

@@ -49,8 +49,10 @@ def _check_host_parts(book: Book, swaps: Swaps, size: int) -> None:
 
 
 def _check_places(book: Book) -> None:
-    for queue in (book.waiting, book.prefilling, book.decoding):
+    for queue in (book.prefilling, book.decoding):
         _check_queue(queue)
+    ranks = [seq.queue_key for seq in book.waiting]
+    assert ranks == sorted(ranks), f"the waiting queue is out of order: {ranks}"
     expected = {
         SeqState.WAITING: set(book.waiting),
         SeqState.RUNNING: {*book.prefilling, *book.decoding},

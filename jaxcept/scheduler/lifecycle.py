@@ -126,7 +126,7 @@ class Lifecycle:
         seq.rearm(self._config.max_len)
         if self._requeues_at_tail:
             seq.key = (now, seq.seq_id)
-        self._book.wait(seq)
+        self._book.wait(seq, now)
 
     def fail(self, seq: Sequence, outcome: Outcome, reason: FinishReason, now: float) -> None:
         """An INTERCEPTED sequence whose tool failed: by its on_failure the model is told, or the sequence ends."""

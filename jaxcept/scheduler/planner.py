@@ -247,7 +247,7 @@ class Planner:
         self.memory.truncate(seq, 0)
         seq.attention = 0
         seq.num_preemptions += 1
-        self.book.wait(seq)
+        self.book.wait(seq, self._draft.now)
         self.book.counters.preemptions += 1
         self._draft.has_preempted = True
 

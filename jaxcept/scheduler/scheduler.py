@@ -72,7 +72,7 @@ class Scheduler:
             self._next_seq_id += 1
         self._book.families[request.request_id] = family
         for seq in family.sequences:
-            self._book.admit(seq)
+            self._book.admit(seq, now)
         return tuple(seq.seq_id for seq in family.sequences)
 
     def abort(self, request_id: str, now: float) -> bool:

@@ -99,6 +99,7 @@ class Sequence:
         "index",
         "interceptions",
         "is_decoding",
+        "is_overdue",
         "key",
         "last_position",
         "load",
@@ -112,6 +113,8 @@ class Sequence:
         "num_registered",
         "num_returned",
         "opened",
+        "queue_key",
+        "queued_at",
         "request",
         "row",
         "script_len",
@@ -135,6 +138,9 @@ class Sequence:
         self.request = request
         self.arrival = arrival
         self.key = (arrival, seq_id)
+        self.queue_key: tuple[float, float, int] = (0.0, arrival, seq_id)  # (rank, *key): its place among the waiting
+        self.queued_at = arrival
+        self.is_overdue = False  # it has waited so long once that its rank counts no more
         self.seed = request.seed(index)
         self.watcher: Watcher | None = request.watcher(index) if request.watcher is not None else None
         self.stop_ids = frozenset(request.stop_token_ids)
