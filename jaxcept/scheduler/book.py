@@ -20,6 +20,16 @@ OVERDUE = float("-inf")  # the rank of a sequence that has waited too long
 class Ranking(Protocol):
     """Where a sequence belongs among the waiting."""
 
+    @property
+    def starvation_s(self) -> float | None:
+        """Whoever has waited longer goes first, by arrival, and is not preempted by rank; None: ranks are all equal."""
+        ...
+
+    @property
+    def preempts(self) -> bool:
+        """Whether a running sequence of a worse rank yields to a waiting one that does not fit."""
+        ...
+
     def rank(self, seq: Sequence) -> float:
         """Less is served earlier; equal ranks go by arrival."""
         ...
@@ -27,6 +37,9 @@ class Ranking(Protocol):
 
 class ByArrival:
     """First come, first served."""
+
+    starvation_s = None
+    preempts = False
 
     def rank(self, seq: Sequence) -> float:
         """The same for all."""

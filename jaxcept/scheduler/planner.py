@@ -78,10 +78,16 @@ class Planner:
         self._seq_ids: tuple[int, ...] = ()
         self._rows: tuple[int, ...] = ()
 
-    def plan(self, step_id: int, now: float) -> tuple[StepPlan, Flight] | None:
-        """The next step, or None where nothing can be computed or moved, and no swap is to be waited for."""
+    def plan(self, step_id: int, now: float, token_limit: int | None = None) -> tuple[StepPlan, Flight] | None:
+        """The next step, or None where nothing can be computed or moved, and no swap is to be waited for.
+
+        `token_limit`: most query tokens, where that is less than the configuration says.
+        """
         self._draft = _Draft(step_id, now)
-        decodes, seqs, budget = self._serve_running()
+        budget = self.config.max_num_batched_tokens
+        self._hurry_overdue()
+        self._yield_to_better_rank()
+        decodes, seqs, budget = self._serve_running(budget if token_limit is None else max(1, min(budget, token_limit)))
         if not self._draft.has_preempted:
             self._admit_waiting(budget)
         if seqs or self._draft.chunks or self._draft.setups or self.swaps.loading or self.swaps.has_moves:
@@ -116,9 +122,8 @@ class Planner:
 
     # Running sequences: memory goes to the earliest first, tokens to decodes first.
 
-    def _serve_running(self) -> tuple[Decodes, list[Sequence], int]:
+    def _serve_running(self, budget: int) -> tuple[Decodes, list[Sequence], int]:
         """Decodes and running prefills; returns the decodes' columns, their sequences and the budget left."""
-        budget = self.config.max_num_batched_tokens
         decoding = self.book.decoding.items[:budget]
         chunk_budget = budget - len(decoding)
         limit = self.traits.recompute_tokens
@@ -250,6 +255,28 @@ class Planner:
         self.book.wait(seq, self._draft.now)
         self.book.counters.preemptions += 1
         self._draft.has_preempted = True
+
+    # Rank: who has waited too long goes by arrival, and a better rank may take what a worse one has.
+
+    def _hurry_overdue(self) -> None:
+        bound = self.book.ranking.starvation_s
+        if bound is None:
+            return
+        overdue = [seq for seq in self.book.waiting if not seq.is_overdue and self._draft.now - seq.queued_at > bound]
+        for seq in overdue:
+            self.book.hurry(seq)
+
+    def _yield_to_better_rank(self) -> None:
+        """Running sequences of the worst rank are preempted, before anyone computes, until the queue's head fits."""
+        ranking, waiting = self.book.ranking, self.book.waiting
+        if not ranking.preempts or not waiting.items or waiting.items[0].num_pending:
+            return
+        head = waiting.items[0]
+        running = [seq for seq in (*self.book.prefilling, *self.book.decoding) if not seq.is_overdue]
+        ranked = sorted(((ranking.rank(seq), seq.key, seq) for seq in running), key=lambda entry: entry[:2])
+        while ranked and ranked[-1][0] > head.queue_key[0] and not (self.book.free_rows and self._fits(head, [], 0)):
+            self._preempt(ranked.pop()[2])
+        self._draft.has_preempted = False
 
     # Admission: the earliest of the queue first, and nobody past one that does not fit.
 
