@@ -1,0 +1,204 @@
+"""Cost models of devices that nobody here has: published profiles where there are any, data sheets where not.
+
+    python -m jaxcept.simulator.rooflines    # writes cost_models/*.json
+
+Nothing is fitted to an outcome. Assumptions are named, here and in `CostModel.sources`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxcept.scheduler.costs import CostModel
+
+FOLDER = Path(__file__).parent / "cost_models"
+
+# Assumptions: what dense kernels reach of the data sheet's figures.
+COMPUTE_EFFICIENCY = 0.6
+BANDWIDTH_EFFICIENCY = 0.8
+ALL_REDUCE_LATENCY_S = 10e-6  # assumption: a small all-reduce over NVLink
+SWAP_LATENCY_S = 20e-6  # assumption: to launch one transfer
+VERSIONS = {"roofline": "1"}
+PAPER = "InferCept (arXiv 2402.01869), constants profiled in its public code"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What a model's configuration says."""
+
+    name: str
+    num_params: int
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype_bytes: int = 2
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all parameters."""
+        return self.num_params * self.dtype_bytes
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """KV cache of one token, all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSheet:
+    """What a device's data sheet says; bytes and operations per second."""
+
+    name: str
+    memory_bytes: float
+    flops: float  # dense, 16-bit
+    bandwidth: float
+    peer_bandwidth: float  # between devices, one direction
+
+
+GPTJ_6B = ModelShape("gptj-6b", 6_050_882_784, 28, 4096, 16, 16, 256)
+VICUNA_13B = ModelShape("vicuna-13b", 13_015_864_320, 40, 5120, 40, 40, 128)
+LLAMA_3_70B = ModelShape("llama-3-70b", 70_553_706_496, 80, 8192, 64, 8, 128)
+LLAMA_31_8B = ModelShape("llama-3.1-8b", 8_030_261_248, 32, 4096, 32, 8, 128)
+
+A100_80GB = DeviceSheet("A100-SXM4-80GB", 80e9, 312e12, 2039e9, 300e9)
+A100_40GB = DeviceSheet("A100-SXM4-40GB", 40e9, 312e12, 1555e9, 300e9)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A published profile: T_fwd(n) = base_s + n * token_s, the saturation point S and the swap budget N(S)."""
+
+    base_s: float
+    token_s: float
+    saturation_tokens: int
+    budget_tokens: int
+
+    @property
+    def swap_token_s(self) -> float:
+        """Seconds per token of a swap: T_fwd(S) / N(S). N is published as an integer: the middle of its interval."""
+        return (self.base_s + self.saturation_tokens * self.token_s) / (self.budget_tokens + 0.5)
+
+
+GPTJ_PROFILE = Profile(10e-3, 0.0463e-3, 384, 605)
+VICUNA_X2_PROFILE = Profile(15.4e-3, 0.0279e-3, 384, 319)
+
+
+def from_profile(name: str, model: ModelShape, device: str, profile: Profile) -> CostModel:
+    """The published linear model: time in tokens alone, attention included in none of its constants."""
+    linear = f"{PAPER}: T_fwd(n) = {profile.base_s * 1e3:g} ms + n * {profile.token_s * 1e3:g} ms"
+    zero = "0: the published model is linear in tokens alone"
+    swap = f"{PAPER}: T_fwd({profile.saturation_tokens}) / N, N = {profile.budget_tokens} tokens, both directions alike"
+    return CostModel(
+        name=name,
+        device=device,
+        model=model.name,
+        dtype="float16",
+        overhead_s=profile.base_s,
+        floor_s=0.0,
+        token_s=profile.token_s,
+        context_token_s=0.0,
+        pair_s=0.0,
+        saturation_tokens=profile.saturation_tokens,
+        kv_token_bytes=model.kv_token_bytes,
+        swap_out_latency_s=0.0,
+        swap_out_token_s=profile.swap_token_s,
+        swap_in_latency_s=0.0,
+        swap_in_token_s=profile.swap_token_s,
+        sources={
+            "overhead_s": linear,
+            "floor_s": zero,
+            "token_s": linear,
+            "context_token_s": zero,
+            "pair_s": zero,
+            "saturation_tokens": PAPER,
+            "kv_token_bytes": "2 * layers * KV heads * head size * 2 bytes, from the model's configuration",
+            "swap_out_latency_s": "0: the published budget has none",
+            "swap_out_token_s": swap,
+            "swap_in_latency_s": "0: the published budget has none",
+            "swap_in_token_s": swap,
+        },
+        versions=VERSIONS,
+    )
+
+
+def step_overhead_s() -> float:
+    """Seconds of a step that the roofline does not explain: what GPT-J's published base leaves over its weights' read.
+
+    Host, launches, sampling and norms, taken to be the same for every model.
+    """
+    return GPTJ_PROFILE.base_s - GPTJ_6B.weight_bytes / (A100_80GB.bandwidth * BANDWIDTH_EFFICIENCY)
+
+
+def from_roofline(name: str, model: ModelShape, device: DeviceSheet, num_devices: int) -> CostModel:
+    """Tensor parallel over num_devices: a step reads all weights or is bound by its operations, and attends besides."""
+    flops = device.flops * COMPUTE_EFFICIENCY * num_devices
+    bandwidth = device.bandwidth * BANDWIDTH_EFFICIENCY * num_devices
+    num_reduces = 2 * model.num_layers if num_devices > 1 else 0
+    reduced_bytes = 2 * (num_devices - 1) / num_devices * model.hidden_size * model.dtype_bytes
+    peer_bandwidth = device.peer_bandwidth * BANDWIDTH_EFFICIENCY
+    swap_token_s = model.kv_token_bytes / (GPTJ_6B.kv_token_bytes / GPTJ_PROFILE.swap_token_s)
+    sheet = (
+        f"{device.name} x {num_devices}, data sheet: {device.flops / 1e12:g} TFLOP/s, {device.bandwidth / 1e9:g} GB/s"
+    )
+    reaches = f"assumed reach: {COMPUTE_EFFICIENCY:.0%} of the operations, {BANDWIDTH_EFFICIENCY:.0%} of the bandwidth"
+    link = "10.0 GB/s, the link of the published GPT-J profile, for all devices together as in that of Vicuna-13B x 2"
+    return CostModel(
+        name=name,
+        device=device.name if num_devices == 1 else f"{num_devices}x {device.name}",
+        model=model.name,
+        dtype="bfloat16",
+        overhead_s=step_overhead_s() + num_reduces * ALL_REDUCE_LATENCY_S,
+        floor_s=model.weight_bytes / bandwidth,
+        token_s=2 * model.num_params / flops + num_reduces * reduced_bytes / peer_bandwidth,
+        context_token_s=model.kv_token_bytes / bandwidth,
+        pair_s=4 * model.num_layers * model.num_heads * model.head_dim / flops,
+        saturation_tokens=GPTJ_PROFILE.saturation_tokens,
+        kv_token_bytes=model.kv_token_bytes,
+        swap_out_latency_s=SWAP_LATENCY_S,
+        swap_out_token_s=swap_token_s,
+        swap_in_latency_s=SWAP_LATENCY_S,
+        swap_in_token_s=swap_token_s,
+        sources={
+            "overhead_s": "what the published GPT-J profile (10 ms) leaves over the read of its weights, and"
+            f" {num_reduces} all-reduces of {ALL_REDUCE_LATENCY_S * 1e6:g} us (assumed)",
+            "floor_s": f"read of all weights; {sheet}; {reaches}",
+            "token_s": f"2 operations a parameter, and the all-reduces' bytes at {device.peer_bandwidth / 1e9:g} GB/s a"
+            f" direction; {sheet}; {reaches}",
+            "context_token_s": f"read of a token's KV; {sheet}; {reaches}",
+            "pair_s": f"4 * layers * heads * head size operations; {sheet}; {reaches}",
+            "saturation_tokens": f"{PAPER}: 384 for both models that it gives, taken over; the roofline alone bends at"
+            f" {model.weight_bytes / bandwidth / (2 * model.num_params / flops):.0f}",
+            "kv_token_bytes": "2 * layers * KV heads * head size * 2 bytes, from the model's configuration",
+            "swap_out_latency_s": "assumed",
+            "swap_out_token_s": link,
+            "swap_in_latency_s": "assumed",
+            "swap_in_token_s": link,
+        },
+        versions=VERSIONS,
+    )
+
+
+def cost_models() -> dict[str, CostModel]:
+    """All that ship, by name."""
+    profiles = {
+        "gptj-6b@a100": (GPTJ_6B, "A100-SXM4-80GB", GPTJ_PROFILE),
+        "vicuna-13b@2xa100": (VICUNA_13B, "2x A100-SXM4-80GB", VICUNA_X2_PROFILE),
+    }
+    rooflines = {
+        "gptj-6b@a100-roofline": (GPTJ_6B, A100_80GB, 1),
+        "vicuna-13b@a100": (VICUNA_13B, A100_80GB, 1),
+        "vicuna-13b@2xa100-roofline": (VICUNA_13B, A100_80GB, 2),
+        "llama-3-70b@4xa100": (LLAMA_3_70B, A100_80GB, 4),
+        "llama-3.1-8b@a100": (LLAMA_31_8B, A100_80GB, 1),
+    }
+    models = {name: from_profile(name, *rest) for name, rest in profiles.items()}
+    return models | {name: from_roofline(name, *rest) for name, rest in rooflines.items()}
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for _name, _model in cost_models().items():
+        _model.save(FOLDER / f"{_name}.json")
