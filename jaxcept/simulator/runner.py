@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import MappingProxyType
+from typing import NamedTuple
 
 from jaxcept.clock import VirtualClock
 from jaxcept.scheduler.costs import CostModel, StepLoad
@@ -52,6 +53,15 @@ class _Link:
         return self.free_at
 
 
+class _Submitted(NamedTuple):
+    """A step until its result is collected."""
+
+    step_id: int
+    num_drawn: int
+    end: float  # when it is over
+    computes: bool
+
+
 class SimRunner:
     """Implements the engine's Runner on a virtual clock.
 
@@ -74,7 +84,7 @@ class SimRunner:
         self._token_id = token_id
         self._free_at = 0.0  # when the device is done with all that was submitted
         self._outs, self._ins = _Link(), _Link()
-        self._submitted: deque[tuple[StepPlan, float]] = deque()  # with the time at which it is over
+        self._submitted: deque[_Submitted] = deque()
         self._busy: deque[tuple[float, float]] = deque()  # when the device computed, as far back as a swap needs it
 
     def submit(self, plan: StepPlan) -> None:
@@ -83,34 +93,35 @@ class SimRunner:
         now = self._clock.now()
         begin = max(now, self._free_at)
         swaps_end = self._send(plan, now, begin) if plan.moves else begin
-        if not plan.num_tokens:
-            self._submitted.append((plan, begin))
+        load = StepLoad.of(plan)
+        if not load.query_tokens:
+            self._submitted.append(_Submitted(plan.step_id, 0, begin, computes=False))
             return
         if plan.waits_for_swaps and swaps_end > begin:
             self.use.stall_s += swaps_end - begin
             begin = swaps_end
-        load = StepLoad.of(plan)
         seconds = self._costs.step_s(load)
         self._share_out(plan, load.query_tokens, seconds)
         self._free_at = begin + seconds
         self._busy.append((begin, self._free_at))
-        self._submitted.append((plan, self._free_at))
+        num_drawn = len(plan.decodes.rows) + sum([chunk.samples for chunk in plan.chunks])
+        self._submitted.append(_Submitted(plan.step_id, num_drawn, self._free_at, computes=True))
 
     def collect(self) -> StepResult:
         """Moves the clock to the end of the oldest step; one without tokens ends with the next swap, if any."""
-        plan, end = self._submitted.popleft()
-        if not plan.num_tokens:
+        step_id, num_drawn, end, computes = self._submitted.popleft()
+        if not computes:
             end = self._wait_for_swap(max(end, self._clock.now()))
         self._clock.advance_to(end)
         now = self._clock.now()
         for link in (self._outs, self._ins):
             while link.pending and link.pending[0][2] <= now:
-                link.through, begin, end = link.pending.popleft()
-                self.use.hidden_s += self._overlap(begin, end)
+                link.through, sent_at, arrived_at = link.pending.popleft()
+                self.use.hidden_s += self._overlap(sent_at, arrived_at)
         self._forget()
         return StepResult(
-            step_id=plan.step_id,
-            token_ids=_repeated(self._token_id, len(plan.sampling_seq_ids) if plan.chunks else len(plan.decodes.rows)),
+            step_id=step_id,
+            token_ids=_repeated(self._token_id, num_drawn),
             logprobs=_NONE,  # type: ignore[arg-type]  # empty
             prompt_logprobs=_NONE,  # type: ignore[arg-type]  # empty
             outs_through=self._outs.through,
