@@ -148,6 +148,7 @@ def test_one_request_by_hand():
     assert report.makespan_s == 21.0
     assert report.normalized_latency.max == pytest.approx((21 - 1 - 10) / 3)
     assert report.queue_after_return.max == 0.0
+    assert report.token_after_return.max == 4.0  # from 17 to 21
     assert report.waste.held == 10.0 * 1 * 40  # 4 computed tokens are one block
     assert report.num_clipped == 0 and report.recompute_share == 0.0
     given_up = simulate(one_job(Segment(2, "tool", 10.0, 2), Segment(1)), SMALL, Discard(), options=SimOptions())

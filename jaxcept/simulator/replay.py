@@ -13,7 +13,7 @@ from typing import NamedTuple
 from jaxcept.clock import Clock
 from jaxcept.engine import Engine
 from jaxcept.scheduler.durations import DurationEstimator
-from jaxcept.scheduler.events import Event, Finished, Intercepted, Resumed
+from jaxcept.scheduler.events import Event, Finished, Intercepted, Resumed, Tokens
 from jaxcept.scheduler.request import Request
 from jaxcept.simulator.workload import Job
 
@@ -52,6 +52,7 @@ class Record:
 
     outcomes: list[Outcome] = field(default_factory=list)
     queued_s: list[float] = field(default_factory=list)  # from a tool's return to the step that takes it in
+    first_token_s: list[float] = field(default_factory=list)  # from a tool's return to the token after it
     estimator: EstimatorError = field(default_factory=EstimatorError)
     steps: int = 0
     stalled_block_s: float = 0.0  # blocks held while the device stood still for a swap, times seconds
@@ -90,6 +91,7 @@ class Replay:
         self._num_added = 0
         self._returns: list[tuple[float, int, str, int]] = []  # a heap of (due, seq_id, request_id, interception)
         self._waiting: dict[int, float] = {}  # seq_id → when its tool returns
+        self._returned: dict[int, float] = {}  # seq_id → when its tool returned, until its next token
         self._stalled = 0.0
 
     def run(self) -> Record:
@@ -112,11 +114,12 @@ class Replay:
             self._num_added += 1
             self._next = next(self._requests, None)
         while self._returns and self._returns[0][0] <= now:
-            _, seq_id, request_id, index = heappop(self._returns)
+            due, seq_id, request_id, index = heappop(self._returns)
             if self._waiting.pop(seq_id, None) is None:
                 continue  # the engine gave it up
             _, job = self._open[request_id]
             count = min(job.segments[index].num_returned, self._engine.room(seq_id))
+            self._returned[seq_id] = due
             self._engine.resume(seq_id, self._answer_ids(seq_id, count), index)
 
     def _step(self) -> bool:
@@ -136,7 +139,11 @@ class Replay:
         return bool(events) or (counters.steps, engine.num_in_flight) != before
 
     def _take(self, event: Event) -> None:
-        if isinstance(event, Intercepted):
+        if isinstance(event, Tokens):
+            if self._returned:
+                for seq_id in [seq_id for seq_id in event.seq_ids if seq_id in self._returned]:
+                    self.record.first_token_s.append(event.at - self._returned.pop(seq_id))
+        elif isinstance(event, Intercepted):
             _, job = self._open[event.request_id]
             due = event.at + job.segments[event.interception].duration_s
             self._waiting[event.seq_id] = due
@@ -153,6 +160,7 @@ class Replay:
     def _finish(self, event: Finished) -> None:
         number, job = self._open.pop(event.request_id)
         self._waiting.pop(event.seq_id, None)
+        self._returned.pop(event.seq_id, None)
         self.record.outcomes.append(
             Outcome(
                 number=number,

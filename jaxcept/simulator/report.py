@@ -114,6 +114,7 @@ class Report:
     normalized_latency: Quantiles  # (end to end - tools) / generated tokens, seconds
     ttft: Quantiles
     queue_after_return: Quantiles  # from a tool's return to the step that takes the sequence in
+    token_after_return: Quantiles  # from a tool's return to the next generated token
     completed_rps: float  # over the makespan
     window_rps: float  # finished before the last arrival, over the time until then
     goodput_rps: float  # of requests within the SLO, over the makespan
@@ -147,6 +148,7 @@ class Report:
             "normalized_latency": Quantiles,
             "ttft": Quantiles,
             "queue_after_return": Quantiles,
+            "token_after_return": Quantiles,
             "slo": Slo,
             "waste": WasteShares,
             "swap": SwapUse,
@@ -201,6 +203,7 @@ def make_report(
         normalized_latency=Quantiles.of([value for value in latencies if value is not None]),
         ttft=Quantiles.of([value for value in ttfts if value is not None]),
         queue_after_return=Quantiles.of(record.queued_s),
+        token_after_return=Quantiles.of(record.first_token_s),
         completed_rps=_over(len(outcomes), makespan),
         window_rps=_over(early, last_arrival - start),
         goodput_rps=_over(sum(good), makespan),
