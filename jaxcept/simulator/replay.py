@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from jaxcept.clock import Clock
 from jaxcept.engine import Engine
+from jaxcept.metrics import Waste
 from jaxcept.scheduler.durations import DurationEstimator
 from jaxcept.scheduler.events import Event, Finished, Intercepted, Resumed, Tokens
 from jaxcept.scheduler.request import Request
@@ -56,6 +57,8 @@ class Record:
     estimator: EstimatorError = field(default_factory=EstimatorError)
     steps: int = 0
     stalled_block_s: float = 0.0  # blocks held while the device stood still for a swap, times seconds
+    window_waste: Waste | None = None  # up to the last arrival
+    window_stalled_block_s: float = 0.0
 
 
 class Replay:
@@ -113,6 +116,9 @@ class Replay:
             self._open[request.request_id] = (self._num_added, job)
             self._num_added += 1
             self._next = next(self._requests, None)
+            if self._next is None:
+                self.record.window_waste = self._engine.ledger.waste
+                self.record.window_stalled_block_s = self.record.stalled_block_s
         while self._returns and self._returns[0][0] <= now:
             due, seq_id, request_id, index = heappop(self._returns)
             if self._waiting.pop(seq_id, None) is None:

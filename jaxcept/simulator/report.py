@@ -70,7 +70,7 @@ class RunInfo:
 
 @dataclass(frozen=True, slots=True)
 class WasteShares:
-    """Device memory held × time without use, in byte-seconds, and of the pool's bytes × makespan."""
+    """Device memory held × time without use, in byte-seconds, and of the pool's bytes × the time."""
 
     held: float  # contexts of intercepted sequences
     recompute: float  # memory in use during the share of steps that computed tokens again
@@ -86,7 +86,7 @@ class WasteShares:
 
     @property
     def total_share(self) -> float:
-        """Share of the pool's bytes × makespan."""
+        """Share of the pool's bytes × the time."""
         return self.held_share + self.recompute_share + self.stalled_share
 
 
@@ -120,6 +120,7 @@ class Report:
     goodput_rps: float  # of requests within the SLO, over the makespan
     slo: Slo
     waste: WasteShares
+    window_waste: WasteShares  # up to the last arrival: what follows is an emptying machine
     compute_s: Mapping[str, float]  # by cause: decode, prefill, returned, recompute
     recompute_share: float  # of the forward seconds, by tokens
     recompute_token_share: float  # of the computed tokens
@@ -151,6 +152,7 @@ class Report:
             "token_after_return": Quantiles,
             "slo": Slo,
             "waste": WasteShares,
+            "window_waste": WasteShares,
             "swap": SwapUse,
         }
         unknown = set(data) - {each.name for each in fields(cls)}
@@ -208,7 +210,10 @@ def make_report(
         window_rps=_over(early, last_arrival - start),
         goodput_rps=_over(sum(good), makespan),
         slo=slo,
-        waste=_waste(info, record, waste, makespan),
+        waste=_waste(info, waste, record.stalled_block_s, makespan),
+        window_waste=_waste(
+            info, record.window_waste or Waste(0.0, 0.0), record.window_stalled_block_s, last_arrival - start
+        ),
         compute_s=compute_s,
         recompute_share=_over(compute_s["recompute"], forward_s),
         recompute_token_share=_over(counters.recomputed_tokens, num_tokens),
@@ -255,9 +260,9 @@ def _compute_s(tokens: Mapping[str, int], busy_s: float, use: DeviceUse | None) 
     }
 
 
-def _waste(info: RunInfo, record: Record, waste: Waste, makespan: float) -> WasteShares:
-    stalled = record.stalled_block_s * info.block_bytes
-    whole = info.block_bytes * info.num_blocks * makespan
+def _waste(info: RunInfo, waste: Waste, stalled_block_s: float, seconds: float) -> WasteShares:
+    stalled = stalled_block_s * info.block_bytes
+    whole = info.block_bytes * info.num_blocks * seconds
     return WasteShares(
         waste.held,
         waste.recompute,
