@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcept_kernels.blocks import copy_blocks, gather_blocks, scatter_blocks
+from jaxcept_kernels.blocks import (
+    block_checksums,
+    copy_blocks,
+    gather_blocks,
+    gather_each,
+    scatter_blocks,
+    scatter_each,
+)
 from jaxcept_kernels.layout import KVLayout, KVPool
 
 LAYOUT = KVLayout(3, 40, 4, 2, 8, jnp.dtype(jnp.float32))
@@ -60,6 +67,32 @@ def test_copies_read_before_they_write_and_padding_is_dropped() -> None:
         np.testing.assert_array_equal(by_layer(part), want)
 
 
+def test_blocks_travel_one_by_one_with_their_checksums() -> None:
+    pool = random_pool()
+    blocks, checksums = gather_each(pool, LAYOUT, ids(7, 39, 40))
+    for block, index in zip(blocks[:2], (7, 39), strict=True):
+        np.testing.assert_array_equal(block, [by_layer(part)[:, index] for part in pool])
+    assert not np.asarray(blocks[2]).any()
+    np.testing.assert_array_equal(checksums, block_checksums(jnp.stack(blocks)))
+    got = scatter_each(pool, LAYOUT, ids(40, 5, -1), blocks)
+    for part, before in zip(got, pool, strict=True):
+        want = by_layer(before)
+        want[:, 5] = by_layer(before)[:, 39]
+        np.testing.assert_array_equal(by_layer(part), want)
+
+
+def test_the_checksum_is_the_sum_of_mixed_words() -> None:
+    block = np.random.default_rng(3).standard_normal((2, 3, 2, 4, 8)).astype(np.float32)
+    for head, got in enumerate(np.asarray(block_checksums(jnp.asarray(block)[None]))[0].tolist()):
+        want = 0
+        for place, word in enumerate(block[:, :, head].reshape(-1).view(np.uint32).tolist()):
+            mixed = (word + place * 0x9E3779B9) % 2**32
+            mixed = (mixed ^ mixed >> 16) * 0x85EBCA6B % 2**32
+            mixed = (mixed ^ mixed >> 13) * 0xC2B2AE35 % 2**32
+            want = (want + (mixed ^ mixed >> 16)) % 2**32
+        assert got == want
+
+
 def assert_in_place(function: Callable[..., KVPool], *arguments: object) -> None:
     pool = random_pool()
     memory = jax.jit(function, donate_argnums=0).lower(pool, *arguments).compile().memory_analysis()
@@ -71,4 +104,6 @@ def assert_in_place(function: Callable[..., KVPool], *arguments: object) -> None
 def test_a_donated_pool_stays_in_place() -> None:
     staging = gather_blocks(random_pool(), LAYOUT, ids(1, 2))
     assert_in_place(lambda pool, at, staged: scatter_blocks(pool, LAYOUT, at, staged), ids(3, 4), staging)
+    blocks, _ = gather_each(random_pool(), LAYOUT, ids(1, 2))
+    assert_in_place(lambda pool, at, blocks: scatter_each(pool, LAYOUT, at, blocks), ids(3, 4), blocks)
     assert_in_place(lambda pool, src, dst: copy_blocks(pool, LAYOUT, src, dst), ids(1, 2), ids(3, 4))

@@ -22,8 +22,6 @@ ANSWER = (100, 101, 102)
 class Recorder(Preserve):
     """Keeps `keep` blocks and remembers what it was shown."""
 
-    name = "recorder"
-
     def __init__(self, keep: int) -> None:
         super().__init__()
         self.keep = keep

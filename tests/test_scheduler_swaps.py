@@ -16,9 +16,8 @@ from tests.fakes import Rig, scripted
 class Swapping(Preserve):
     """Swaps `count` blocks of every context, within `budget` blocks a step."""
 
-    name = "swapping"
-
     def __init__(self, count: int = 10**6, budget: int | None = None, keep: int | None = None) -> None:
+        super().__init__()
         self.traits = Traits()
         self.count, self.budget, self.keep = count, budget, keep
 

@@ -33,7 +33,9 @@ Workload = dict[str, Any]
 class KeepSome(Preserve):
     """Keeps a share of each context, and less of it the longer the tool takes: placements block by block."""
 
-    name = "keep-some"
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = "keep-some"
 
     def place(self, intercepted: Sequence[InterceptedView], batch: BatchView) -> Sequence[Placement]:
         return [Placement(max(0, view.num_blocks - 1 - int(view.elapsed) // 2)) for view in intercepted]
@@ -42,10 +44,9 @@ class KeepSome(Preserve):
 class SwapAll(Preserve):
     """Everything goes to the host, whatever it takes."""
 
-    name = "swap-all"
-
     def __init__(self) -> None:
-        self.traits = Traits()
+        super().__init__()
+        self.name, self.traits = "swap-all", Traits()
 
     def swap_budget(self, batch: BatchView) -> int | None:
         return None
@@ -57,10 +58,9 @@ class SwapAll(Preserve):
 class Mixture(Preserve):
     """Some of everything, by a hash: blocks kept, given up in the middle and swapped, within a small budget."""
 
-    name = "mixture"
-
     def __init__(self) -> None:
-        self.traits = Traits(recompute_tokens=6)
+        super().__init__()
+        self.name, self.traits = "mixture", Traits(recompute_tokens=6)
 
     def swap_budget(self, batch: BatchView) -> int | None:
         return int(batch.now) % 4
@@ -132,7 +132,7 @@ def make_request(number: int, spec: Workload, watchers: dict[tuple[int, int], Fa
 
 
 def busy_workload(seed: int) -> Workload:
-    """A seeded workload in which almost every request calls tools, in memory that is short, with swaps that may fail."""
+    """A seeded workload: almost every request calls tools, memory is short, and swaps may fail."""
     rng = random.Random(seed)
     block_size = rng.choice((1, 2, 4))
     num_blocks = rng.randint(10, 40) * 4 // block_size

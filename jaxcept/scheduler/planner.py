@@ -26,7 +26,7 @@ from jaxcept.scheduler.book import Book
 from jaxcept.scheduler.events import Resumed
 from jaxcept.scheduler.memory import ContextMemory
 from jaxcept.scheduler.plan import Chunk, ChunkKind, Decodes, RowSetup, StepPlan, TableUpdate
-from jaxcept.scheduler.policy import Traits
+from jaxcept.scheduler.policy import Policy
 from jaxcept.scheduler.sequence import SeqState, Sequence
 from jaxcept.scheduler.swaps import Swaps
 
@@ -65,12 +65,13 @@ class _Draft:
 class Planner:
     """Builds one plan at a time out of the book and the memory."""
 
-    def __init__(self, book: Book, memory: ContextMemory, swaps: Swaps, traits: Traits) -> None:
+    def __init__(self, book: Book, memory: ContextMemory, swaps: Swaps, policy: Policy) -> None:
         self.config = book.config
         self.book = book
         self.memory = memory
         self.swaps = swaps
-        self.traits = traits
+        self.traits = policy.traits
+        self.learn = policy.learn
         self._recompute_left = 0  # query tokens that this step may still spend on recomputed and returned tokens
         self._draft = _Draft(0, 0.0)
         self._version = -1  # of book.decoding, to which the columns below belong
@@ -405,5 +406,6 @@ class Planner:
             record = seq.opened.resume(self._draft.now, num_kept, num_swapped, num_recomputed, num_cached)
             seq.interceptions.append(record)
             seq.opened = None
+            self.learn(record)
             request_id = seq.request.request_id
             self.book.events.append(Resumed(seq.seq_id, request_id, seq.index, record, self._draft.now))

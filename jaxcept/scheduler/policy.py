@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
+from jaxcept.scheduler.interception import Interception
+
 
 class InterceptedView(NamedTuple):
     """One intercepted sequence that holds blocks on the device."""
@@ -93,6 +95,10 @@ class Policy(Protocol):
 
         Memory pressure may later take more than the policy gave up.
         """
+        ...
+
+    def learn(self, record: Interception) -> None:
+        """An interception is over and its sequence goes on: how long it took, and what it cost."""
         ...
 
     def next_change(self, now: float) -> float | None:

@@ -48,7 +48,7 @@ class Scheduler:
         self._book = Book(config)
         self.swaps = Swaps(self._book, self.memory, host, traits.host)
         self._flights: deque[Flight] = deque()
-        self._planner = Planner(self._book, self.memory, self.swaps, traits)
+        self._planner = Planner(self._book, self.memory, self.swaps, policy)
         self._lifecycle = Lifecycle(
             self._book, self.memory, self.swaps, self._flights, self._estimator, traits.requeues_at_tail
         )
