@@ -140,6 +140,7 @@ class Engine:
         self._last_collect = now
         if not plan.num_tokens:
             return  # it waited for a swap
+        self.scheduler.observe_step(seconds)
         num_recomputed = sum([chunk.num_recomputed for chunk in plan.chunks])
         self.ledger.charge_step(seconds, plan.num_tokens, num_recomputed)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+from jaxcept.scheduler.survival import SurvivalCurve
 
 
 class DurationEstimator(Protocol):
@@ -27,26 +30,112 @@ class DurationEstimator(Protocol):
         ...
 
 
+class OpenCall(NamedTuple):
+    """A call in flight."""
+
+    tool: str
+    since: float  # seconds
+    expected_s: float | None
+    actual_s: float | None
+
+
 class Elapsed:
-    """It will take as long again as it has taken (InferCept, arXiv 2402.01869, section 4.4); a hint overrides."""
+    """It will take as long again as it has taken (InferCept, arXiv 2402.01869); a hint overrides."""
 
     name = "elapsed"
 
     def __init__(self) -> None:
-        self._open: dict[int, tuple[float, float | None]] = {}
+        self._open: dict[int, OpenCall] = {}
 
     def begin(self, seq_id: int, tool: str, now: float, expected_s: float | None, actual_s: float | None) -> None:
         """Remembers when."""
-        self._open[seq_id] = (now, expected_s)
+        self._open[seq_id] = OpenCall(tool, now, expected_s, actual_s)
 
     def end(self, seq_id: int, now: float, has_returned: bool) -> None:
         """Forgets it."""
-        del self._open[seq_id]
+        call = self._open.pop(seq_id)
+        self._ended(call, now - call.since, has_returned)
 
     def remaining(self, seq_id: int, now: float) -> float:
-        """The hint's rest while it lasts, else what has elapsed."""
-        since, expected_s = self._open[seq_id]
-        elapsed = now - since
-        if expected_s is not None and expected_s > elapsed:
-            return expected_s - elapsed
+        """The hint's rest while it lasts, else the guess."""
+        call = self._open[seq_id]
+        elapsed = now - call.since
+        if call.expected_s is not None and call.expected_s > elapsed:
+            return call.expected_s - elapsed
+        return self._guess(call, elapsed, now)
+
+    def _ended(self, call: OpenCall, seconds: float, has_returned: bool) -> None:
+        """A call is over."""
+
+    def _guess(self, call: OpenCall, elapsed: float, now: float) -> float:
         return elapsed
+
+
+class Profile(Elapsed):
+    """A table of mean durations by tool, seconds; past the mean, and for other tools, what has elapsed."""
+
+    name = "profile"
+
+    def __init__(self, means: Mapping[str, float]) -> None:
+        super().__init__()
+        self._means = dict(means)
+
+    def _guess(self, call: OpenCall, elapsed: float, now: float) -> float:
+        mean = self._means.get(call.tool, 0.0)
+        return mean - elapsed if mean > elapsed else elapsed
+
+
+class Oracle(Elapsed):
+    """The truth, where a replay knows it."""
+
+    name = "oracle"
+
+    def remaining(self, seq_id: int, now: float) -> float:
+        """The rest of the true duration; without one, what has elapsed."""
+        call = self._open[seq_id]
+        elapsed = now - call.since
+        return elapsed if call.actual_s is None else max(0.0, call.actual_s - elapsed)
+
+
+class Survival(Elapsed):
+    """The mean of what is left, by each tool's own history.
+
+    Kaplan and Meier's survival curve (JASA 53, 1958) of the last calls; calls in flight and calls cut short count as
+    lasting longer than they have been seen to. Where fewer than `FEW` returned calls took longer than this one has
+    taken, history says little, and the elapsed time decides.
+    """
+
+    name = "survival"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._curves: dict[str, SurvivalCurve] = {}
+
+    def _ended(self, call: OpenCall, seconds: float, has_returned: bool) -> None:
+        self._curves.setdefault(call.tool, SurvivalCurve()).add(seconds, has_returned)
+
+    def _guess(self, call: OpenCall, elapsed: float, now: float) -> float:
+        curve = self._curves.get(call.tool)
+        if curve is None:
+            return elapsed
+        if curve.is_stale:
+            curve.rebuild([now - other.since for other in self._open.values() if other.tool == call.tool])
+        left = curve.mean_left(elapsed)
+        return elapsed if left is None else left
+
+
+ESTIMATORS = ("elapsed", "survival", "profile", "oracle")
+
+
+def make_estimator(name: str, means: Mapping[str, float] | None = None) -> DurationEstimator:
+    """An estimator by name; `means` is the table of "profile", seconds by tool. ValueError names those there are."""
+    match name:
+        case "elapsed":
+            return Elapsed()
+        case "survival":
+            return Survival()
+        case "profile":
+            return Profile(means or {})
+        case "oracle":
+            return Oracle()
+    raise ValueError(f"duration estimator {name!r}: expected one of {', '.join(ESTIMATORS)}")

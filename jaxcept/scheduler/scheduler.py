@@ -23,10 +23,12 @@ from jaxcept.scheduler.host import HostMemory
 from jaxcept.scheduler.interception import Outcome
 from jaxcept.scheduler.lifecycle import Lifecycle
 from jaxcept.scheduler.memory import ContextMemory
+from jaxcept.scheduler.orders import Fcfs, QueueOrder
 from jaxcept.scheduler.params import OnToolFailure
 from jaxcept.scheduler.plan import StepPlan, StepResult, TokenLogprobs
 from jaxcept.scheduler.planner import Flight, Planner
 from jaxcept.scheduler.policy import BatchView, HostUse, InterceptedView, Policy
+from jaxcept.scheduler.ranking import OrderRanking
 from jaxcept.scheduler.request import Request
 from jaxcept.scheduler.sequence import Family, SeqState, Sequence
 from jaxcept.scheduler.swaps import Swaps
@@ -37,7 +39,13 @@ __all__ = ["Scheduler", "StateError"]
 class Scheduler:
     """Requests in, plans out, results in, events out. Not thread-safe: one thread calls it."""
 
-    def __init__(self, config: SchedulerConfig, policy: Policy, estimator: DurationEstimator | None = None) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        policy: Policy,
+        estimator: DurationEstimator | None = None,
+        order: QueueOrder | None = None,
+    ) -> None:
         traits = policy.traits
         config = replace(config, enable_prefix_caching=config.enable_prefix_caching and traits.prefix_caching)
         self.config = config
@@ -45,7 +53,9 @@ class Scheduler:
         self._estimator = estimator if estimator is not None else Elapsed()
         host = HostMemory(config.num_host_blocks if traits.host is not HostUse.NONE else 0)
         self.memory = ContextMemory(config, host if traits.host is HostUse.CACHE else None)
-        self._book = Book(config)
+        self.order = order if order is not None else Fcfs()
+        self._ranking = OrderRanking(self.order, config.block_size)
+        self._book = Book(config, self._ranking)
         self.swaps = Swaps(self._book, self.memory, host, traits.host)
         self._flights: deque[Flight] = deque()
         self._planner = Planner(self._book, self.memory, self.swaps, policy)
@@ -150,9 +160,10 @@ class Scheduler:
         """The next step, or None where nothing can be computed until a result, an answer or a request comes in."""
         self._lifecycle.expire(now)
         batch = self._batch_view(now)
+        self._ranking.batch = batch
         self.swaps.begin_step(self._next_step_id, self.policy.swap_budget(batch))
         self._place_contexts(batch)
-        planned = self._planner.plan(self._next_step_id, now)
+        planned = self._planner.plan(self._next_step_id, now, self.order.token_limit(batch))
         if planned is None:
             return None
         plan, flight = planned
@@ -186,6 +197,10 @@ class Scheduler:
             self.counters.generated_tokens += len(seqs)
             self._append(seqs, token_ids, now)
         return self.drain()
+
+    def observe_step(self, seconds: float) -> None:
+        """How long the step of the last result took on the device."""
+        self.order.observe_step(seconds)
 
     def drain(self) -> list[Event]:
         """What happened since the last call of `drain` or `update`."""
