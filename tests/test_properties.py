@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxcept.scheduler.orders import ORDERS
 from tests.fakes import VOCAB
 from tests.workloads import POLICIES, Workload, World, busy_workload, outputs, plan_digest, without_times
 
@@ -129,13 +130,14 @@ def test_tokens_are_the_same_under_every_policy_depth_and_cache(workload: Worklo
 
 @pytest.mark.parametrize("seeds", [range(start, start + 25) for start in range(0, 200, 25)], ids=str)
 def test_tokens_are_the_same_with_swaps_in_flight(seeds: range):
-    """200 busy workloads: as they are, with aborts and timeouts; then without these, under every policy."""
+    """200 busy workloads: as they are, with aborts and timeouts; then without, under every policy, by every order."""
     for seed in seeds:
         workload = busy_workload(seed)
         World(workload).run()
         seen = []
-        for policy in POLICIES:
-            world = World(without_times({**workload, "policy": policy}))
+        for number, policy in enumerate(POLICIES):
+            order = ORDERS[(seed + number) % len(ORDERS)]
+            world = World(without_times({**workload, "policy": policy, "order": order}))
             world.run()
             seen.append(outputs(world))
         assert all(each == seen[0] for each in seen), f"seed {seed}"

@@ -18,6 +18,7 @@ from jaxcept.metrics import Ledger
 from jaxcept.scheduler.config import SchedulerConfig
 from jaxcept.scheduler.events import Finished, FinishReason, Intercepted, PromptLogprobs, Resumed, Returned, Tokens
 from jaxcept.scheduler.interception import Interception, Outcome
+from jaxcept.scheduler.orders import ORDERS, make_order
 from jaxcept.scheduler.params import InterceptParams, SamplingParams, ScriptedTrigger
 from jaxcept.scheduler.plan import StepPlan
 from jaxcept.scheduler.policies.discard import Discard
@@ -182,6 +183,7 @@ def busy_workload(seed: int) -> Workload:
             "num_host_blocks": rng.choice((num_blocks // 4, num_blocks, 4 * num_blocks)),
         },
         "policy": rng.choice(sorted(POLICIES)),
+        "order": rng.choice(ORDERS),
         "depth": rng.randint(0, 2),
         "swaps": [rng.randint(0, 4), rng.choice((0, 0, 0, 3, 11))],
         "requests": requests,
@@ -194,7 +196,9 @@ class World:
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
         self.config = SchedulerConfig(vocab_size=VOCAB, **workload["config"])
-        self.scheduler = Scheduler(self.config, POLICIES[workload["policy"]]())
+        self.scheduler = Scheduler(
+            self.config, POLICIES[workload["policy"]](), order=make_order(workload.get("order", "fcfs"))
+        )
         self.runner = FakeRunner(self.config.num_blocks, self.config.block_size, self.config.max_num_seqs)
         self.runner.swap_delay, self.runner.swap_failures = workload.get("swaps", (1, 0))
         self.clock = VirtualClock()
