@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +20,11 @@ import numpy as np
 
 from jaxcept.runner.batch import NO_ROW, Batch, BatchBuilder, BatchShape, bucket_of, token_buckets, unpack
 from jaxcept.runner.compiles import CompileCounter
+from jaxcept.runner.host_pool import Link
 from jaxcept.runner.rows import BIAS_ENTRIES, NUM_COLUMNS, HostRows, make_row_state, set_row, unpack_params
 from jaxcept.runner.sampling import Logprobs, RowState, Variant, logprobs_of, sample
-from jaxcept.scheduler.plan import BlockMove, RowSetup, StepPlan, StepResult, TokenLogprobs
+from jaxcept.runner.swapper import Swapper, SwapReport, split_moves
+from jaxcept.scheduler.plan import BlockMove, MoveKind, RowSetup, StepPlan, StepResult, TokenLogprobs
 from jaxcept_kernels.blocks import copy_blocks
 from jaxcept_kernels.layout import KVPool, make_pool
 from jaxcept_models.model import Model
@@ -43,11 +45,13 @@ class RunnerConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    num_host_blocks: int = 0  # pinned on the host for swaps; 0: no swaps
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
+            least = 0 if name == "num_host_blocks" else 1
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: expected {least} or more")
 
 
 class _Tile(NamedTuple):
@@ -72,7 +76,8 @@ class _InFlight(NamedTuple):
 class DeviceRunner:
     """Runs a model over a paged KV pool, one plan at a time, in the order of submission."""
 
-    def __init__(self, model: Model, config: RunnerConfig) -> None:
+    def __init__(self, model: Model, config: RunnerConfig, link: Link | None = None) -> None:
+        """`link` is the way to the host, where it is not the device's own."""
         if config.max_model_len > model.config.max_position_embeddings:
             raise ValueError(
                 f"max_model_len={config.max_model_len}: the model was trained for "
@@ -90,6 +95,9 @@ class DeviceRunner:
         self._rows = HostRows(config.max_num_seqs, config.max_model_len, model.config.vocab_size)
         self._pool: KVPool = make_pool(self.layout)
         self._state: RowState = make_row_state(config.max_num_seqs, config.max_model_len, model.config.vocab_size)
+        self.swapper: Swapper | None = None
+        if config.num_host_blocks:
+            self.swapper = Swapper(self.layout, config.num_host_blocks, self._pool.k.sharding, link)
         self._in_flight: deque[_InFlight] = deque()
         self._step: dict[int, Executable] = {}
         self._sample: dict[tuple[int, Variant], Executable] = {}
@@ -130,6 +138,8 @@ class DeviceRunner:
                 keep(future.result())
                 if progress is not None:
                     progress(done, len(jobs), what)
+        if self.swapper is not None:
+            self.swapper.host.warm_up()
 
     def _lowerings(self) -> list[tuple[str, Callable[[Any], None], Callable[[], Any]]]:
         """(name, where to keep the executable, how to lower it), for everything that serving runs."""
@@ -177,16 +187,22 @@ class DeviceRunner:
             jobs.append((f"score {tokens}", _keep(self._score, tokens), partial(lower_score, tokens)))
         jobs.append(("rows", lambda executable: setattr(self, "_set_row", executable), lower_set_row))
         jobs.append(("copy", lambda executable: setattr(self, "_copy", executable), lower_copy))
+        if self.swapper is not None:
+            jobs += self.swapper.lowerings()
         return jobs
 
     # One step.
 
     def submit(self, plan: StepPlan) -> None:
-        """Dispatches the step without waiting for it."""
-        self._copy_blocks(plan.moves)
+        """Dispatches the step without waiting for it, or for its swaps unless the plan says so."""
+        if plan.moves or self.swapper is not None:
+            self._move_blocks(plan)
         for setup in plan.rows:
             self._take_row(setup)
         self._builder.update_tables(plan.tables)
+        if not plan.num_tokens:
+            self._in_flight.append(_InFlight(plan, 0, None, None, (), {}))
+            return
         batch = self._builder.build(plan)
         self._pool, hidden, drawing = self._step[batch.tokens](
             self.model.weights, self._pool, self._state.last_tokens, batch.packed
@@ -202,7 +218,7 @@ class DeviceRunner:
         self._in_flight.append(_InFlight(plan, len(batch.sampling_rows), tokens, logprobs, wanted, scores))
 
     def collect(self) -> StepResult:
-        """Waits for the oldest submitted step; the only place where the host waits for the device."""
+        """Waits for the oldest submitted step, or for the next swap where it computes nothing."""
         step = self._in_flight.popleft()
         ids = tuple(np.asarray(step.tokens)[: step.num_drawn].tolist()) if step.tokens is not None else ()
         logprobs: dict[int, TokenLogprobs] = {}
@@ -215,9 +231,33 @@ class DeviceRunner:
             prompt_logprobs[index] = tuple(
                 table.entry(tile.skip + i, count) for table, tile in tables for i in range(tile.used)
             )
-        return StepResult(step.plan.step_id, ids, logprobs, prompt_logprobs)
+        outs_through, ins_through, failed = self._report_swaps(step.plan)
+        return StepResult(step.plan.step_id, ids, logprobs, prompt_logprobs, outs_through, ins_through, failed)
 
-    def _copy_blocks(self, moves: tuple[BlockMove, ...]) -> None:
+    def _report_swaps(self, plan: StepPlan) -> SwapReport:
+        if self.swapper is None:
+            return SwapReport(None, None, ())
+        if plan.num_tokens:
+            self.swapper.poll()
+        else:
+            self.swapper.wait_next()
+        return self.swapper.report()
+
+    def _move_blocks(self, plan: StepPlan) -> None:
+        swapper, waits = self.swapper, plan.waits_for_swaps
+        moves = split_moves(plan.moves)
+        if swapper is None:
+            assert len(moves[MoveKind.COPY]) == len(plan.moves), "a plan swaps, and num_host_blocks is 0"
+            self._copy_blocks(moves[MoveKind.COPY])
+            return
+        swapper.poll()  # what has arrived is checked before the step, not behind it
+        swapper.swap_out(plan.step_id, self._pool, moves[MoveKind.SWAP_OUT], waits)
+        self._pool = swapper.land(self._pool, moves[MoveKind.LAND])
+        self._copy_blocks(moves[MoveKind.COPY])
+        swapper.swap_in(plan.step_id, moves[MoveKind.SWAP_IN], waits)
+        swapper.end_submit()
+
+    def _copy_blocks(self, moves: Sequence[BlockMove]) -> None:
         for start in range(0, len(moves), COPIES_PER_CALL):
             ids = np.full((2, COPIES_PER_CALL), self.config.num_blocks, np.int32)  # out of range: dropped
             for i, move in enumerate(moves[start : start + COPIES_PER_CALL]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -39,6 +41,49 @@ def scatter_blocks(
         return part.at[rows].set(staged.reshape(-1, *layout.shape[1:]), mode="drop")
 
     return KVPool(put(pool.k, staging.k), put(pool.v, staging.v))
+
+
+def gather_each(
+    pool: KVPool,
+    layout: KVLayout,
+    block_ids: jax.Array,  # [blocks] int32
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Every block as an array of its own, K before V: [2, layers, kv_heads, block_size, head_dim]; and their checksums.
+
+    The checksums are those of `block_checksums`. Ids out of range (padding) give zeros.
+    """
+    staging = gather_blocks(pool, layout, block_ids)
+    blocks = jnp.stack([staging.k, staging.v], axis=1)
+    return tuple(blocks[i] for i in range(block_ids.shape[0])), block_checksums(blocks)
+
+
+def scatter_each(
+    pool: KVPool,
+    layout: KVLayout,
+    block_ids: jax.Array,  # [blocks] int32, no id twice
+    blocks: Sequence[jax.Array],  # of `gather_each`
+) -> KVPool:
+    """The pool with the blocks in their places; ids out of range (padding) are dropped. In place if donated."""
+    staging = jnp.stack(blocks)
+    return scatter_blocks(pool, layout, block_ids, KVPool(staging[:, 0], staging[:, 1]))
+
+
+def block_checksums(
+    blocks: jax.Array,  # [blocks, 2, layers, kv_heads, block_size, head_dim]
+) -> jax.Array:
+    """[blocks, kv_heads] uint32 over the bits of each block. Per head, so that sharded heads need not be gathered.
+
+    Every element is mixed with its place before the sum: a change of one element always shows, elements in each other's
+    places show but for one chance in 2**32. The mix is the finalizer of MurmurHash3.
+    """
+    _, parts, layers, _, block_size, head_dim = blocks.shape
+    bits = jnp.uint32 if blocks.dtype.itemsize == 4 else jnp.uint16
+    words = jax.lax.bitcast_convert_type(blocks, bits).astype(jnp.uint32)
+    places = jnp.arange(parts * layers * block_size * head_dim, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+    mixed = words + places.reshape(1, parts, layers, 1, block_size, head_dim)
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(mixed ^ (mixed >> 16), axis=(1, 2, 4, 5), dtype=jnp.uint32)
 
 
 def copy_blocks(

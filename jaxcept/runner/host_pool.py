@@ -1,0 +1,122 @@
+"""The host's blocks: pinned memory, one array for each block, so that every block lives and dies by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from jaxcept_kernels.layout import KVLayout
+
+HEADS_OF_POOL = 1  # axis of KVLayout.shape
+_SENT_AT_ONCE = 64
+
+
+class Link:
+    """The way between device memory and host memory. Tests hand in one that is slow, fails or corrupts."""
+
+    def send(self, blocks: Sequence[jax.Array], to: Sharding) -> list[jax.Array]:
+        """Starts the copies and returns at once. Raises RuntimeError, here or in `is_over`, where one fails."""
+        sent: list[jax.Array] = jax.device_put(list(blocks), to)
+        return sent
+
+    def is_over(self, block: jax.Array) -> bool:
+        """Whether a copy that `send` returned is there. RuntimeError where it failed."""
+        if not is_ready(block):
+            return False
+        block.block_until_ready()
+        return True
+
+
+def is_ready(array: jax.Array) -> bool:
+    """Whether an array is computed, or copied; never waits."""
+    ready: bool = array.is_ready()  # type: ignore[attr-defined]  # public, and missing in JAX's annotations
+    return ready
+
+
+def block_sharding(pool: Sharding) -> Sharding:
+    """Where a block [2, layers, kv_heads, block_size, head_dim] of a pool with this sharding lies on the device."""
+    if not isinstance(pool, NamedSharding):
+        return pool
+    return NamedSharding(pool.mesh, PartitionSpec(None, None, _axis_of_heads(pool)))
+
+
+def checksum_sharding(pool: Sharding) -> Sharding:
+    """Where the checksums [blocks, kv_heads] of a pool with this sharding lie."""
+    if not isinstance(pool, NamedSharding):
+        return pool
+    return NamedSharding(pool.mesh, PartitionSpec(None, _axis_of_heads(pool)))
+
+
+def _axis_of_heads(pool: NamedSharding) -> str | tuple[str, ...] | None:
+    axes = tuple(pool.spec)
+    others = axes[:HEADS_OF_POOL] + axes[HEADS_OF_POOL + 1 :]
+    if any(axis is not None for axis in others):
+        raise ValueError(f"a KV pool sharded as {pool.spec}: expected its heads (axis {HEADS_OF_POOL}) alone")
+    return axes[HEADS_OF_POOL] if len(axes) > HEADS_OF_POOL else None
+
+
+@dataclass(eq=False, slots=True)
+class HostBlock:
+    """What one swap out brings, or brought, to the host."""
+
+    content: jax.Array  # [2, layers, kv_heads, block_size, head_dim], pinned; each device's heads in its own memory
+    checksums: np.ndarray | None = None  # [kv_heads] uint32 of what was sent, once it has arrived
+
+
+class HostPool:
+    """Which content each host block has. Who overwrites a block leaves the old content to whoever still reads it."""
+
+    def __init__(self, layout: KVLayout, num_blocks: int, device: Sharding) -> None:
+        """`device` is a block's sharding there, of `block_sharding`."""
+        if num_blocks < 1:
+            raise ValueError(f"num_blocks={num_blocks}: expected 1 or more host blocks")
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.device = device
+        self.sharding = device.with_memory_kind("pinned_host")
+        self._blocks: list[HostBlock | None] = [None] * num_blocks
+
+    @property
+    def num_bytes(self) -> int:
+        """Pinned memory of the whole pool."""
+        return self.num_blocks * self.layout.block_bytes
+
+    @property
+    def block_shape(self) -> tuple[int, int, int, int, int]:
+        """[2, layers, kv_heads, block_size, head_dim]"""
+        _, heads, block_size, head_dim = self.layout.shape
+        return (2, self.layout.num_layers, heads, block_size, head_dim)
+
+    def warm_up(self) -> None:
+        """Allocates every block once: pinning takes seconds, and the memory stays pinned for later blocks.
+
+        ValueError where the memory does not suffice.
+        """
+        zeros = jax.device_put(jnp.zeros(self.block_shape, self.layout.dtype), self.device)
+        try:
+            blocks: list[jax.Array] = []
+            for start in range(0, self.num_blocks, _SENT_AT_ONCE):
+                count = min(_SENT_AT_ONCE, self.num_blocks - start)
+                blocks += jax.block_until_ready(jax.device_put([zeros] * count, self.sharding))
+        except (RuntimeError, MemoryError) as error:
+            raise ValueError(
+                f"num_host_blocks={self.num_blocks}: {self.num_bytes:,} bytes of pinned host memory are not to be had "
+                f"({error}); choose fewer, or raise XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+            ) from error
+
+    def __getitem__(self, host_block: int) -> HostBlock | None:
+        return self._blocks[host_block]
+
+    def put(self, host_block: int, block: HostBlock) -> None:
+        """The host block has this content from here on."""
+        self._blocks[host_block] = block
+
+    def drop(self, host_block: int, block: HostBlock) -> None:
+        """The host block loses this content, unless it has another already."""
+        if self._blocks[host_block] is block:
+            self._blocks[host_block] = None
