@@ -1,15 +1,19 @@
 """One step: who computes what, under the token budget, in the memory there is.
 
-Order and progress. Sequences are served by (arrival, seq_id), which never changes, interceptions included. When memory
-is short, whoever arrived last among those that hold blocks yields: a RUNNING sequence is preempted, an idle context
-(INTERCEPTED, or WAITING after its return) gives up blocks from its tail. So nothing deadlocks and nobody starves:
+Order and progress. Running sequences are served by (arrival, seq_id), which never changes, interceptions included
+(but for policies that queue a return at the tail, where the return is the arrival). The waiting are admitted by rank,
+then arrival. When memory is short, whoever arrived last among those that hold blocks yields: a RUNNING sequence is
+preempted, an idle context (INTERCEPTED, or WAITING after its return) gives up blocks from its tail. So nothing
+deadlocks and nobody starves:
 
-- Take the earliest sequence that is not INTERCEPTED. If it is RUNNING it never yields, for all other holders are later;
-  where it is the only one left running, idle contexts of any arrival yield to it; alone it fits, for no sequence is
-  longer than the pool. So it goes on in every step that has budget for it.
-- If it is WAITING it heads the queue and nobody behind it is admitted (but for a completion that defers to a RUNNING
-  sibling, which computes their common prompt). Those that run end, are preempted or are intercepted within max_len
-  steps, and once nothing runs it takes what it needs from idle contexts.
+- Take the earliest sequence that is not INTERCEPTED. If it is RUNNING it never yields for memory, for all other holders
+  are later; where it is the only one left running, idle contexts of any arrival yield to it; alone it fits, for no
+  sequence is longer than the pool. So it goes on in every step that has budget for it, or waits for copies from the host,
+  which end.
+- If it is WAITING, it is overdue after starvation_s at the latest and then stands before all that are ranked, in order of
+  arrival, and is not preempted by rank any more. So it heads the queue and nobody behind it is admitted (but for a
+  completion that defers to a RUNNING sibling, which computes their common prompt). Those that run end, are preempted or
+  are intercepted within max_len steps, and once nothing runs it takes what it needs from idle contexts.
 - An interception is bounded by its timeout, and a sequence by its number of interceptions and tokens.
 
 So every sequence is the earliest one after finitely many steps, and then ends after finitely many more.
