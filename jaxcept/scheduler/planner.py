@@ -6,11 +6,10 @@ then arrival. When memory is short, whoever arrived last among those that hold b
 preempted, an idle context (INTERCEPTED, or WAITING after its return) gives up blocks from its tail. So nothing
 deadlocks and nobody starves:
 
-- Take the earliest sequence that is not INTERCEPTED. If it is RUNNING it never yields for memory, for all other holders
+- Take the earliest sequence that is not INTERCEPTED. If RUNNING it never yields for memory, for all other holders
   are later; where it is the only one left running, idle contexts of any arrival yield to it; alone it fits, for no
-  sequence is longer than the pool. So it goes on in every step that has budget for it, or waits for copies from the host,
-  which end.
-- If it is WAITING, it is overdue after starvation_s at the latest and then stands before all that are ranked, in order of
+  sequence is longer than the pool. So it goes on in every step that has budget for it, or waits for copies that end.
+- If it is WAITING, it is overdue after starvation_s at the latest and then stands before all that are ranked, by
   arrival, and is not preempted by rank any more. So it heads the queue and nobody behind it is admitted (but for a
   completion that defers to a RUNNING sibling, which computes their common prompt). Those that run end, are preempted or
   are intercepted within max_len steps, and once nothing runs it takes what it needs from idle contexts.
