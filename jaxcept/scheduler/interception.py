@@ -19,7 +19,7 @@ class Residency(StrEnum):
     """Where the context was when generation went on."""
 
     PRESERVED = "preserved"
-    SWAPPED = "swapped"  # all that the device did not hold any more was on the host
+    SWAPPED = "swapped"  # what the device did not hold was on the host, but for less than a block
     DISCARDED = "discarded"
     MIXED = "mixed"  # a part was kept or swapped, a part given up
 
@@ -62,6 +62,7 @@ class OpenInterception:
     started_at: float
     context_tokens: int
     num_computed: int  # tokens whose KV was held when it began
+    block_size: int = 1
     ended_at: float | None = None
     outcome: Outcome = Outcome.ABORTED
     num_returned: int = 0
@@ -91,6 +92,6 @@ class OpenInterception:
     def _residency(self, num_kept: int, num_swapped: int) -> Residency:
         if num_kept >= self.num_computed and num_kept > 0:
             return Residency.PRESERVED
-        if num_swapped and num_kept + num_swapped >= self.num_computed:
+        if num_swapped and num_kept + num_swapped > self.num_computed - self.block_size:
             return Residency.SWAPPED
         return Residency.MIXED if num_kept or num_swapped else Residency.DISCARDED

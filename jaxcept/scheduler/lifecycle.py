@@ -93,6 +93,7 @@ class Lifecycle:
             started_at=now,
             context_tokens=len(seq.token_ids),
             num_computed=seq.num_computed,
+            block_size=self._config.block_size,
         )
         self._book.intercept(seq)
         expected_s = seq.request.intercept.expected_s.get(call.tool)

@@ -53,12 +53,22 @@ class Swaps:
     def swap_out(self, seq: Sequence, count: int) -> int:
         """The last `count` blocks of a context go to the host, as far as budget and memory reach; how many went.
 
-        Full blocks that the host has already cost nothing. What follows a gap between the device's part and the
-        host's stays: a context has one head on the device and one tail on the host.
+        Full blocks that the host has already cost nothing. A block that is partly filled is not sent where full ones
+        can be found by their content: its few tokens are computed again in one chunk with what the tool returns,
+        which is sooner than a copy. What follows a gap between the device's part and the host's stays: a context has
+        one head on the device and one tail on the host.
         """
         if seq.host and seq.host_start != len(seq.blocks):
             return 0
         self._memory.register(seq)
+        if (
+            count
+            and self._memory.config.enable_prefix_caching
+            and seq.num_computed % self._size
+            and self._can_send(seq)
+        ):
+            self._memory.truncate(seq, len(seq.blocks) - 1)
+            return 1 + (self.swap_out(seq, count - 1) if count > 1 else 0)
         sent: list[int] = []
         while len(sent) < min(count, len(seq.blocks)):
             index = len(seq.blocks) - 1 - len(sent)
@@ -78,6 +88,10 @@ class Swaps:
             seq.host_start = len(seq.blocks) - len(sent)
             self._memory.truncate(seq, seq.host_start)
         return len(sent)
+
+    def _can_send(self, seq: Sequence) -> bool:
+        """Whether at least one full block can follow the partly filled one."""
+        return len(seq.blocks) > 1 and self._budget != 0 and self.host.pool.num_available > 0
 
     # In.
 

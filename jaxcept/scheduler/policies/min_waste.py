@@ -23,8 +23,9 @@ class MinWaste(PolicyBase):
     """Swaps what would waste most, as far as the copies hide behind the step; the rest is held or given up.
 
     The paper weighs a context by what it wastes from now on: held, T_INT·C·M, with T_INT the estimate of the remaining
-    time; given up, the two terms of chunked recompute. `spares` departs from it: while nobody waits for memory, giving
-    up frees what nobody wants, so contexts are held (and still swapped behind the step, which costs nothing).
+    time; given up, the two terms of chunked recompute. `spares` departs from it in two ways. While nobody waits for
+    memory, giving up frees what nobody wants, so contexts are held (or swapped behind the step, which costs nothing).
+    And a context whose tool is back before it could go out and come in is not swapped.
     """
 
     def __init__(
@@ -47,10 +48,17 @@ class MinWaste(PolicyBase):
         placements = [Placement(0)] * len(intercepted)
         for choice in choices:
             view = intercepted[choice.place]
-            swap = min(budget, view.num_exclusive_blocks) if choice.waste > 0 else 0
+            swap = min(budget, view.num_exclusive_blocks) if self._is_worth_moving(view, choice, batch) else 0
             budget -= swap
             placements[choice.place] = Placement(view.num_blocks - swap if choice.is_held else 0, swap)
         return placements
+
+    def _is_worth_moving(self, view: InterceptedView, choice: _Choice, batch: BatchView) -> bool:
+        if choice.waste <= 0:
+            return False
+        num_tokens = view.num_exclusive_blocks * batch.block_size
+        there_and_back = self.costs.swap_out_s(num_tokens) + self.costs.swap_in_s(num_tokens)
+        return not self.spares or view.remaining_s > there_and_back
 
     def _choose(self, place: int, view: InterceptedView, batch: BatchView, has_room: bool) -> _Choice:
         own = min(view.num_computed, view.num_exclusive_blocks * batch.block_size)
