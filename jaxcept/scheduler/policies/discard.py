@@ -14,6 +14,10 @@ class Discard(PolicyBase):
     def __init__(self, name: str = "discard", traits: Traits | None = None) -> None:
         super().__init__(name, traits if traits is not None else Traits(host=HostUse.NONE))
 
+    def swap_budget(self, batch: BatchView) -> int | None:
+        """No limit: a second tier of the cache copies in and out as it comes."""
+        return None
+
     def place(self, intercepted: Sequence[InterceptedView], batch: BatchView) -> Sequence[Placement]:
         """Keeps none."""
         return [Placement(0)] * len(intercepted)
