@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 
 from jaxcept.clock import VirtualClock
 from jaxcept.engine import Engine
 from jaxcept.metrics import Ledger
 from jaxcept.scheduler.durations import DurationEstimator, Elapsed
+from jaxcept.scheduler.orders import QueueOrder
 from jaxcept.scheduler.policy import Policy
 from jaxcept.scheduler.request import Request
 from jaxcept.scheduler.scheduler import Scheduler
@@ -35,7 +35,7 @@ def simulate(
     workload: Workload,
     deployment: Deployment,
     policy: Policy,
-    order: Any = None,
+    order: QueueOrder | None = None,
     estimator: DurationEstimator | None = None,
     options: SimOptions | None = None,
 ) -> Report:
@@ -48,9 +48,7 @@ def simulate(
     began = time.perf_counter()
     check_lengths(workload, min(deployment.max_model_len, deployment.num_blocks * deployment.block_size))
     clock = VirtualClock()
-    scheduler = Scheduler(
-        deployment.scheduler_config(), policy, estimator, **({} if order is None else {"order": order})
-    )
+    scheduler = Scheduler(deployment.scheduler_config(), policy, estimator, order)
     runner = SimRunner(deployment.costs, clock, deployment.block_size, options.host_s)
     ledger = Ledger(deployment.block_bytes)
     engine = Engine(scheduler, runner, clock, ledger, options.pipeline_depth)

@@ -90,6 +90,15 @@ class Workload:
         """Tokens of the longest conversation."""
         return max((job.num_tokens for job in self.jobs), default=0)
 
+    @property
+    def tool_means(self) -> dict[str, float]:
+        """Mean seconds of an interception, by tool: what a profile of the tools would say."""
+        seconds: dict[str, list[float]] = {}
+        for job in self.jobs:
+            for part in job.interceptions:
+                seconds.setdefault(part.tool or "", []).append(part.duration_s)
+        return {tool: sum(values) / len(values) for tool, values in sorted(seconds.items())}
+
 
 Draw = Callable[[random.Random], Job]
 

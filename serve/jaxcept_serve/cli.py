@@ -1,4 +1,4 @@
-"""`jaxcept`: generate, chat, models."""
+"""`jaxcept`: generate, chat, simulate, bench, models."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from jaxcept.outputs import RequestOutput
 from jaxcept.scheduler.params import SamplingParams
 from jaxcept.tools.definition import Tool
 from jaxcept.tools.parsers import PARSERS
+from jaxcept_serve import bench
 from jaxcept_serve.load_tools import load_tools
 
 
@@ -54,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     for command in (generate, chat):
         add_engine_flags(command)
         add_sampling_flags(command)
+    bench.add_commands(commands)
     models = commands.add_parser("models", help="supported architectures, or what a folder holds")
     models.add_argument("folder", nargs="?", type=Path)
     models.set_defaults(run=run_models)

@@ -1,0 +1,1 @@
+"""Every policy on the same requests, in simulated time or on the device; tables and plots."""
