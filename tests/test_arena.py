@@ -127,6 +127,7 @@ def test_bench_intercept(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main([*argv, *COMMON, "--out", str(tmp_path)]) == 0
     assert "preserve" in capsys.readouterr().out
     data = json.loads((tmp_path / "reports.json").read_text(encoding="utf-8"))
+    assert len((tmp_path / "runs.jsonl").read_text(encoding="utf-8").splitlines()) == 4
     assert len(data["reports"]) == 4 and data["reports"][0]["info"]["length_scale"] == 0.1
     assert "7888 blocks" in (tmp_path / "table.md").read_text(encoding="utf-8")
 

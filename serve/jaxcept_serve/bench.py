@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -133,7 +134,12 @@ def _simulated(args: argparse.Namespace, console: Console) -> tuple[list[Report]
     deployment = _sizes(args).of(load_deployment(name))
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("simulating", total=len(cases))
-        reports = run_cases(cases, args.jobs, lambda report: progress.advance(task))
+
+        def done(report: Report) -> None:
+            progress.advance(task)
+            _keep(report, args.out)
+
+        reports = run_cases(cases, args.jobs, done)
     notes = [f"KV pool: {deployment.memory}.", _traffic_note(args)]
     return reports, notes, f"{args.workload} on {name}, simulated"
 
@@ -155,9 +161,18 @@ def _on_device(args: argparse.Namespace, console: Console) -> tuple[list[Report]
     for case in cases:
         console.print(f"{case.policy} at {case.rate:g} requests/s", style="dim", highlight=False)
         reports.append(bench.run(case))
+        _keep(reports[-1], args.out)
         predicted.append(bench.predict(case))
     agreement = compare(predicted, reports)
     return reports, [_traffic_note(args), "", agreement.markdown()], f"{args.workload} on {bench.name}"
+
+
+def _keep(report: Report, folder: Path | None) -> None:
+    """Appends the run to runs.jsonl, so that a long bench that is interrupted leaves what it has."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "runs.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(report.to_dict()) + "\n")
 
 
 def _progress(console: Console) -> Callable[[int, int, str], None]:
