@@ -42,7 +42,8 @@ def _plot_curves(
     for index, (name, curve) in enumerate(by_label(reports).items()):
         points = [(report.info.rate, value(report)) for report in curve]
         marker = "osD^v<>Pp*hX"[index % 12]
-        axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.2, label=name)
+        style = "-" if index < 10 else "--"  # there are ten colors
+        axes.plot(*zip(*points, strict=True), style, marker=marker, markersize=4, linewidth=1.2, label=name)
     if is_log and any(value(report) > 0 for report in reports):
         axes.set_yscale("log")
     axes.set_xlabel("requests/s")
