@@ -112,14 +112,17 @@ class CostModel:
 
     def step_s(self, load: StepLoad) -> float:
         """Seconds of a step; 0 for one that computes nothing."""
-        if not load.query_tokens:
-            return 0.0
-        dense = max(self.floor_s, self.token_s * load.query_tokens)
-        return self.overhead_s + dense + self.context_token_s * load.context_tokens + self.pair_s * load.pairs
+        return self._seconds(load.query_tokens, load.context_tokens, load.pairs)
 
     def forward_s(self, num_tokens: int, num_context: int = 0) -> float:
         """T_fwd: seconds of a step that computes one chunk of `num_tokens` behind `num_context` computed tokens."""
-        return self.step_s(StepLoad(num_tokens, num_context + num_tokens, chunk_pairs(num_context, num_tokens), 1))
+        return self._seconds(num_tokens, num_context + num_tokens, chunk_pairs(num_context, num_tokens))
+
+    def _seconds(self, query_tokens: int, context_tokens: int, pairs: int) -> float:
+        if not query_tokens:
+            return 0.0
+        dense = max(self.floor_s, self.token_s * query_tokens)
+        return self.overhead_s + dense + self.context_token_s * context_tokens + self.pair_s * pairs
 
     def swap_out_s(self, num_tokens: int) -> float:
         """T_swap, device to host."""

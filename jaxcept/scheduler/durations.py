@@ -91,10 +91,11 @@ class Oracle(Elapsed):
     name = "oracle"
 
     def remaining(self, seq_id: int, now: float) -> float:
-        """The rest of the true duration; without one, what has elapsed."""
+        """The rest of the true duration; without one, the hint or what has elapsed."""
         call = self._open[seq_id]
-        elapsed = now - call.since
-        return elapsed if call.actual_s is None else max(0.0, call.actual_s - elapsed)
+        if call.actual_s is None:
+            return super().remaining(seq_id, now)
+        return max(0.0, call.actual_s - (now - call.since))
 
 
 class Survival(Elapsed):

@@ -89,15 +89,16 @@ class Fcfs:
 class Mlfq(Fcfs):
     """FastServe's skip-join multi-level feedback queue (arXiv 2305.05920).
 
-    Level i serves `quantum` · 2^i steps. A new sequence joins the first level whose quantum holds its first step, so
-    that a long prompt does not hold up short ones; with the steps that it has had, a sequence sinks.
+    Level i serves `quantum` · 2^i steps. A new sequence joins the first level whose quantum holds all that it computes
+    up to its first token, so that a long prompt does not hold up short ones; with the steps that it has had, a sequence
+    sinks.
     """
 
     name = "mlfq"
     is_arrival = False
     preempts = True
 
-    def __init__(self, starvation_s: float = STARVATION_S, quantum: int = 16) -> None:
+    def __init__(self, starvation_s: float = STARVATION_S, quantum: int = 4) -> None:
         super().__init__(starvation_s)
         self._quantum = quantum
 
@@ -140,7 +141,8 @@ class Value(Fcfs):
 
     A new sequence is judged by its prompt and the output that it may have; one that a tool returned to by what it
     really brought back, and it is worth more the more memory it holds while it waits. The most tokens of a step adapt
-    to the objective for a step's time: down by a fifth where a step was too long, up by `grain` where it was not.
+    to the objective for a step's time: down by a fifth where a step was too long, up by `grain` where it was not and
+    there was more to compute.
     """
 
     name = "value"
@@ -170,7 +172,10 @@ class Value(Fcfs):
         if self._limit is None:
             self._limit = float(batch.query_tokens) if self._is_late else None
         elif self._is_late is not None:
-            self._limit = self._limit * 0.8 if self._is_late else self._limit + self._grain
+            if self._is_late:
+                self._limit *= 0.8
+            elif self._limit < batch.query_tokens:
+                self._limit += self._grain
         self._is_late = None
         if self._limit is None:
             return None

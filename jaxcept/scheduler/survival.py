@@ -11,6 +11,10 @@ FEW = 5  # returned calls below which history says nothing
 REBUILD_SHARE = 16  # the curve is rebuilt once this part of the window is new
 
 
+def _returns_first(call: tuple[float, bool]) -> tuple[float, bool]:
+    return call[0], not call[1]
+
+
 class SurvivalCurve:
     """Kaplan and Meier's estimate (JASA 53, 1958) over a window of calls.
 
@@ -38,7 +42,8 @@ class SurvivalCurve:
     def rebuild(self, in_flight: Sequence[float] = ()) -> None:
         """Draws the curve anew; `in_flight` are the seconds that running calls have taken so far."""
         self._num_new = 0
-        seen = sorted([*self._calls, *((seconds, False) for seconds in in_flight)])
+        # A call that was last seen at a moment when another returned had not returned by then: it comes after.
+        seen = sorted([*self._calls, *((seconds, False) for seconds in in_flight)], key=_returns_first)
         times, survival, alive = [], [], 1.0
         for rank, (seconds, has_returned) in enumerate(seen):
             if has_returned:

@@ -14,11 +14,16 @@ def discard_waste(costs: Costs, num_tokens: int, other_tokens: int) -> float:
 
 
 def chunked_discard_waste(costs: Costs, num_tokens: int, other_tokens: int, num_chunks: int) -> float:
-    """T_fwd(C)·C·M / 2 + n·T_fwd(C/n)·C_other·M: recomputed in n chunks, its memory fills up step by step."""
+    """T_fwd(C)·C·M / 2 + n·T_fwd(C/n)·C_other·M: recomputed in n chunks, its memory fills up step by step.
+
+    T_fwd(C/n) is that of the middle chunk, behind half of what stands before the last one: the mean of all n, for a
+    step's time grows linearly with the context.
+    """
     if not num_tokens:
         return 0.0
+    size = -(-num_tokens // num_chunks)
     own = costs.forward_s(num_tokens) * num_tokens / 2
-    others = num_chunks * costs.forward_s(-(-num_tokens // num_chunks)) * other_tokens
+    others = num_chunks * costs.forward_s(size, (num_tokens - size) // 2) * other_tokens
     return (own + others) * costs.kv_token_bytes
 
 
@@ -39,7 +44,7 @@ def num_chunks(costs: Costs, num_tokens: int, num_decodes: int) -> int:
 
 
 def break_even_s(costs: Costs, num_tokens: int, other_tokens: int, num_decodes: int = 0) -> float:
-    """How long a tool must take for giving up (in chunks) to waste as little as holding."""
+    """How long a tool must take for giving up (in chunks) to waste as little as holding, for a context of 1 or more."""
     chunks = num_chunks(costs, num_tokens, num_decodes)
     given_up = chunked_discard_waste(costs, num_tokens, other_tokens, chunks)
     return given_up / (num_tokens * costs.kv_token_bytes)

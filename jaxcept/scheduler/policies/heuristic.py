@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxcept.scheduler.costs import Costs
-from jaxcept.scheduler.policies.base import PolicyBase, blocks_to_swap, hidden_blocks
+from jaxcept.scheduler.policies.base import PolicyBase, blocks_to_swap, hidden_blocks, swappable_blocks
 from jaxcept.scheduler.policy import BatchView, InterceptedView, Placement, Traits
 
 
@@ -29,7 +29,7 @@ class Heuristic(PolicyBase):
             if view.remaining_s < self._threshold_s:
                 placements.append(Placement(view.num_blocks))
                 continue
-            swap = min(budget, view.num_blocks)
+            swap = min(budget, swappable_blocks(view, batch.block_size))
             budget -= swap
             placements.append(Placement(0, swap))
         return placements

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from jaxcept.scheduler.costs import Costs
-from jaxcept.scheduler.policies.base import PolicyBase, blocks_to_swap, hidden_blocks
+from jaxcept.scheduler.policies.base import PolicyBase, blocks_to_swap, hidden_blocks, swappable_blocks
 from jaxcept.scheduler.policy import BatchView, InterceptedView, Placement, Traits
 from jaxcept.scheduler.waste import chunked_discard_waste, num_chunks, preserve_waste
-
-
-class _Choice(NamedTuple):
-    """The lesser waste of one context if it is not swapped."""
-
-    waste: float
-    place: int  # among the views
-    is_held: bool
 
 
 class MinWaste(PolicyBase):
     """Swaps what would waste most, as far as the copies hide behind the step; the rest is held or given up.
 
     The paper weighs a context by what it wastes from now on: held, T_INT·C·M, with T_INT the estimate of the remaining
-    time; given up, the two terms of chunked recompute. `spares` departs from it in two ways. While nobody waits for
-    memory, giving up frees what nobody wants, so contexts are held (or swapped behind the step, which costs nothing).
-    And a context whose tool is back before it could go out and come in is not swapped.
+    time; given up, the two terms of chunked recompute. C are the tokens that this context alone holds on the device:
+    giving up others frees nothing, so they stay, and a context without any of its own wastes nothing. `spares` departs
+    from the paper in two ways. While nobody waits for memory, giving up frees what nobody wants, so contexts are held
+    (or swapped behind the step, which costs nothing). And a context whose tool is back before it could go out and come
+    in is not swapped.
     """
 
     def __init__(
@@ -43,28 +36,34 @@ class MinWaste(PolicyBase):
         """In descending waste: swapped while the budget lasts, then held or given up."""
         budget = blocks_to_swap(batch)
         has_room = self.spares and not batch.num_waiting
-        choices = [self._choose(place, view, batch, has_room) for place, view in enumerate(intercepted)]
-        choices.sort(key=lambda choice: (-choice.waste, choice.place))
+        choices = []  # (minus the waste if it is not swapped, place among the views, whether it is held then)
+        for place, view in enumerate(intercepted):
+            waste, is_held = self._weigh(view, batch, has_room)
+            choices.append((-waste, place, is_held))
+        choices.sort()
         placements = [Placement(0)] * len(intercepted)
-        for choice in choices:
-            view = intercepted[choice.place]
-            swap = min(budget, view.num_exclusive_blocks) if self._is_worth_moving(view, choice, batch) else 0
+        for gain, place, is_held in choices:
+            view = intercepted[place]
+            swap = min(budget, swappable_blocks(view, batch.block_size)) if budget and gain < 0 else 0
+            if swap and not self._is_worth_moving(view, batch):
+                swap = 0
             budget -= swap
-            placements[choice.place] = Placement(view.num_blocks - swap if choice.is_held else 0, swap)
+            keep = view.num_blocks - (swap if is_held else view.num_exclusive_blocks)
+            placements[place] = Placement(keep, swap)
         return placements
 
-    def _is_worth_moving(self, view: InterceptedView, choice: _Choice, batch: BatchView) -> bool:
-        if choice.waste <= 0:
-            return False
+    def _weigh(self, view: InterceptedView, batch: BatchView, has_room: bool) -> tuple[float, bool]:
+        """The lesser waste of one context if it is not swapped, and whether that is to hold it."""
+        num_shared = (view.num_blocks - view.num_exclusive_blocks) * batch.block_size
+        own = max(0, view.num_computed - num_shared)
+        held = preserve_waste(self.costs, own, view.remaining_s)
+        if has_room or not own:
+            return held, True
+        chunks = num_chunks(self.costs, own, batch.num_running)
+        given_up = chunked_discard_waste(self.costs, own, batch.running_tokens, chunks)
+        return (held, True) if held <= given_up else (given_up, False)
+
+    def _is_worth_moving(self, view: InterceptedView, batch: BatchView) -> bool:
         num_tokens = view.num_exclusive_blocks * batch.block_size
         there_and_back = self.costs.swap_out_s(num_tokens) + self.costs.swap_in_s(num_tokens)
         return not self.spares or view.remaining_s > there_and_back
-
-    def _choose(self, place: int, view: InterceptedView, batch: BatchView, has_room: bool) -> _Choice:
-        own = min(view.num_computed, view.num_exclusive_blocks * batch.block_size)
-        held = preserve_waste(self.costs, own, view.remaining_s)
-        if has_room:
-            return _Choice(held, place, True)
-        chunks = num_chunks(self.costs, view.num_computed, batch.num_running)
-        given_up = chunked_discard_waste(self.costs, view.num_computed, batch.running_tokens, chunks)
-        return _Choice(min(held, given_up), place, held <= given_up)
