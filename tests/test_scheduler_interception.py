@@ -92,7 +92,7 @@ def test_the_prefix_cache_saves_what_was_discarded_and_not_evicted():
     assert (chunk.start, chunk.num_recomputed) == (8, 0)
     rig.run()
     (record,) = rig.told(Finished)[0].interceptions
-    assert (record.residency, record.num_recomputed, record.num_cached_on_return) == (Residency.DISCARDED, 0, 8)
+    assert (record.residency, record.num_recomputed, record.num_cached_on_return) == (Residency.CACHED, 0, 8)
     assert seq == rig.told(Finished)[0].seq_id
 
 

@@ -19,6 +19,7 @@ class Residency(StrEnum):
     """Where the context was when generation went on."""
 
     PRESERVED = "preserved"
+    CACHED = "cached"  # not held, but found again in the prefix cache, but for less than a block
     SWAPPED = "swapped"  # what the device did not hold was on the host, but for less than a block
     DISCARDED = "discarded"
     MIXED = "mixed"  # a part was kept or swapped, a part given up
@@ -76,7 +77,7 @@ class OpenInterception:
             started_at=self.started_at,
             ended_at=ended_at,
             context_tokens=self.context_tokens,
-            residency=self._residency(num_kept, num_swapped),
+            residency=self._residency(num_kept, num_swapped, 0),
             num_recomputed=0,
             num_returned=self.num_returned,
             num_cached_on_return=0,
@@ -86,12 +87,17 @@ class OpenInterception:
 
     def resume(self, now: float, num_kept: int, num_swapped: int, num_recomputed: int, num_cached: int) -> Interception:
         """The record of one whose sequence goes on."""
-        record = self.close(now, num_kept, num_swapped)
-        return replace(record, num_recomputed=num_recomputed, num_cached_on_return=num_cached, resumed_at=now)
+        return replace(
+            self.close(now, num_kept, num_swapped),
+            residency=self._residency(num_kept, num_swapped, num_cached),
+            num_recomputed=num_recomputed,
+            num_cached_on_return=num_cached,
+            resumed_at=now,
+        )
 
-    def _residency(self, num_kept: int, num_swapped: int) -> Residency:
+    def _residency(self, num_kept: int, num_swapped: int, num_cached: int) -> Residency:
         if num_kept >= self.num_computed and num_kept > 0:
             return Residency.PRESERVED
-        if num_swapped and num_kept + num_swapped > self.num_computed - self.block_size:
-            return Residency.SWAPPED
-        return Residency.MIXED if num_kept or num_swapped else Residency.DISCARDED
+        if num_kept + num_swapped + num_cached > self.num_computed - self.block_size:
+            return Residency.SWAPPED if num_swapped else Residency.CACHED
+        return Residency.MIXED if num_kept or num_swapped or num_cached else Residency.DISCARDED
