@@ -12,11 +12,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 from jaxcept.runner.compiles import CompileCounter
-from jaxcept.runner.host_pool import HostPool, Link, block_sharding
+from jaxcept.runner.host_pool import HostPool, block_sharding
 from jaxcept.runner.swapper import ARITIES, Swapper, SwapReport, split, split_moves
 from jaxcept.scheduler.plan import BlockMove, FailedMove, MoveKind
 from jaxcept_kernels.blocks import block_checksums
 from jaxcept_kernels.layout import KVLayout, KVPool
+from tests.links import SlowLink
 
 NUM_BLOCKS = 48
 FLOAT32 = jnp.dtype(jnp.float32)
@@ -44,40 +45,6 @@ def random_bits(shape: Sequence[int], dtype: jnp.dtype, seed: int) -> np.ndarray
 def bits(array: jax.Array | np.ndarray) -> np.ndarray:
     values = np.asarray(array)
     return values.view(np.uint32 if values.dtype.itemsize == 4 else np.uint16)
-
-
-class SlowLink(Link):
-    """A link on which copies are over when the test says so, or fail, or arrive changed."""
-
-    def __init__(self) -> None:
-        self.is_open = True
-        self.refused: list[MoveKind] = []  # sends that fail at once
-        self.lost: set[int] = set()  # numbers of copies, in the order of sending, that fail on the way
-        self.corrupted: set[int] = set()
-        self._numbers = count()
-        self._sent: dict[int, tuple[jax.Array, int]] = {}  # keeps the arrays alive, so that ids stay unique
-
-    def send(self, blocks: Sequence[jax.Array], to: Sharding) -> list[jax.Array]:
-        kind = MoveKind.SWAP_OUT if to.memory_kind == "pinned_host" else MoveKind.SWAP_IN
-        if kind in self.refused:
-            raise RuntimeError("RESOURCE_EXHAUSTED: no memory")
-        sent = []
-        for block in super().send(blocks, to):
-            number, content = next(self._numbers), block
-            if number in self.corrupted:
-                changed = np.array(block)
-                changed[1, 0, 2, 3, 5] += 1
-                content = jax.device_put(changed, to)
-            self._sent[id(content)] = (content, number)
-            sent.append(content)
-        return sent
-
-    def is_over(self, block: jax.Array) -> bool:
-        if not self.is_open:
-            return False
-        if self._sent[id(block)][1] in self.lost:
-            raise RuntimeError("the copy was lost")
-        return super().is_over(block)
 
 
 class Rig:
