@@ -102,7 +102,7 @@ def run_simulate(args: argparse.Namespace) -> int:
     if args.json:
         print(report.to_json())
     else:
-        Console().print(_summary(report), highlight=False)
+        Console().print(_summary(report), highlight=False, soft_wrap=True)
     return 0
 
 
