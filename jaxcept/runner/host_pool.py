@@ -120,3 +120,7 @@ class HostPool:
         """The host block loses this content, unless it has another already."""
         if self._blocks[host_block] is block:
             self._blocks[host_block] = None
+
+    def clear(self) -> None:
+        """All host blocks lose their contents."""
+        self._blocks = [None] * self.num_blocks

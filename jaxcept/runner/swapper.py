@@ -209,6 +209,19 @@ class Swapper:
         """Whether a swap is under way."""
         return bool(self._outs or self._ins)
 
+    @property
+    def num_in_transit(self) -> int:
+        """Blocks whose copy is under way, as far as the last poll saw."""
+        return sum(len(swaps.pending) for queue in (self._outs, self._ins) for swaps in queue)
+
+    def reset(self) -> None:
+        """Forgets all contents, so that step ids may begin anew. Nothing may be under way."""
+        assert not self.is_busy, "swaps are under way"
+        self.host.clear()
+        self._staged.clear()
+        self._failed.clear()
+        self._through = self._reported = (None, None)
+
     def poll(self) -> None:
         """Notes what is over, and starts to check what has arrived. Never waits."""
         out_step, in_step = self._through
