@@ -1,6 +1,6 @@
 """A small model calls tools while other conversations share its batch, and goes on with the answers.
 
-    python examples/demo.py [--policy preserve|discard]
+    python examples/demo.py [--policy NAME …]
 
 Six conversations run side by side. When the model calls a tool, its sequence is INTERCEPTED: the others go on, and
 when the tool answers the sequence goes on from the very token ids that it has. The tools are slowed down here, as real
@@ -16,8 +16,10 @@ import time
 from rich.console import Console
 
 from jaxcept import LLM, RequestOutput, SamplingParams, tool
-from jaxcept.config import POLICIES
+from jaxcept.scheduler.policies.catalog import POLICIES
 from jaxcept.tools import builtin
+
+SHOWN = ("min-waste", "preserve", "swap", "discard")
 
 
 @tool
@@ -100,12 +102,12 @@ def show_interceptions(console: Console, outputs: list[RequestOutput]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", choices=POLICIES, action="append", help="(default: each in turn)")
+    parser.add_argument("--policy", choices=POLICIES, action="append", help="(default: some in turn)")
     args = parser.parse_args()
     console = Console()
     params = SamplingParams(temperature=0, max_tokens=200)
     is_right, ids = True, []
-    for policy in args.policy or POLICIES:
+    for policy in args.policy or SHOWN:
         # Without the prefix cache, so that "discard" shows what it costs.
         llm = LLM(intercept_policy=policy, max_num_seqs=8, max_model_len=1024, max_num_batched_tokens=256,
                   enable_prefix_caching=policy != "discard")  # fmt: skip

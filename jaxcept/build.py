@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
+import jax
+
 from jaxcept.clock import MonotonicClock
 from jaxcept.config import (
+    GIB,
     EngineConfig,
+    cache_folder,
+    default_host_pool_bytes,
     default_max_num_batched_tokens,
     default_max_num_seqs,
     on_cpu,
@@ -17,12 +24,15 @@ from jaxcept.config import (
 from jaxcept.engine import Engine
 from jaxcept.metrics import Ledger
 from jaxcept.runner.memory import choose_num_blocks
+from jaxcept.runner.profile import profile
 from jaxcept.runner.runner import DeviceRunner, RunnerConfig
 from jaxcept.scheduler.config import SchedulerConfig
+from jaxcept.scheduler.costs import CostModel
+from jaxcept.scheduler.durations import make_estimator
+from jaxcept.scheduler.orders import make_order
 from jaxcept.scheduler.params import SamplingParams
-from jaxcept.scheduler.policies.discard import Discard
-from jaxcept.scheduler.policies.preserve import Preserve
-from jaxcept.scheduler.policy import Policy
+from jaxcept.scheduler.policies.catalog import SWAPPING, make_policy
+from jaxcept.scheduler.refined_costs import RefinedCosts
 from jaxcept.scheduler.scheduler import Scheduler
 from jaxcept.session import InterceptOptions, Session
 from jaxcept.text.folder import read_text_files
@@ -36,10 +46,11 @@ from jaxcept_kernels.library import native_available
 from jaxcept_models.config import read_config
 from jaxcept_models.model import ARCHITECTURES, Model, load_model
 
+logger = logging.getLogger(__name__)
+
 Progress = Callable[[int, int, str], None]
 
 DEFAULT_MAX_MODEL_LEN = 4096
-_POLICIES: dict[str, Callable[[], Policy]] = {"preserve": Preserve, "discard": Discard}
 
 
 def build_session(config: EngineConfig, progress: Progress) -> Session:
@@ -50,6 +61,14 @@ def build_session(config: EngineConfig, progress: Progress) -> Session:
     use_compilation_cache(config.compilation_cache)
     tokenizer = load_tokenizer(config)
     parser_name = choose_parser(config, tokenizer)
+    runner = build_runner(config, progress)
+    costs = RefinedCosts(choose_costs(config, runner, progress))
+    engine = build_engine(config, runner, costs)
+    return Session(engine, tokenizer, watcher_factory(tokenizer, parser_name), engine.clock, config.seed)
+
+
+def build_runner(config: EngineConfig, progress: Progress) -> DeviceRunner:
+    """The device's part: the model loaded, everything compiled, host memory pinned."""
     model = load_model(
         config.folder,
         dtype=config.dtype,  # type: ignore[arg-type]  # load_model names the allowed values in its error
@@ -60,22 +79,63 @@ def build_session(config: EngineConfig, progress: Progress) -> Session:
     )
     runner = DeviceRunner(model, choose_sizes(config, model))
     runner.warm_up(lambda done, total, what: progress(done, total, f"compiling: {what}"))
+    return runner
+
+
+def build_engine(config: EngineConfig, runner: DeviceRunner, costs: RefinedCosts) -> Engine:
+    """One scheduler, with the policy, order and estimator that the configuration names, and its loop."""
     sizes = runner.config
-    scheduler = Scheduler(
-        SchedulerConfig(
-            num_blocks=sizes.num_blocks,
-            block_size=sizes.block_size,
-            max_num_seqs=sizes.max_num_seqs,
-            max_num_batched_tokens=sizes.max_num_batched_tokens,
-            max_model_len=sizes.max_model_len,
-            vocab_size=model.config.vocab_size,
-            enable_prefix_caching=config.enable_prefix_caching,
-        ),
-        _POLICIES[config.intercept_policy](),
+    limits = SchedulerConfig(
+        num_blocks=sizes.num_blocks,
+        block_size=sizes.block_size,
+        max_num_seqs=sizes.max_num_seqs,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        max_model_len=sizes.max_model_len,
+        vocab_size=runner.model.config.vocab_size,
+        enable_prefix_caching=config.enable_prefix_caching,
+        num_host_blocks=sizes.num_host_blocks,
     )
-    clock = MonotonicClock()
-    engine = Engine(scheduler, runner, clock, Ledger(runner.layout.block_bytes))
-    return Session(engine, tokenizer, watcher_factory(tokenizer, parser_name), clock, config.seed)
+    scheduler = Scheduler(
+        limits,
+        make_policy(config.intercept_policy, costs, sizes.block_size),
+        make_estimator(config.duration_estimator),
+        make_order(config.queue_order),
+    )
+    return Engine(scheduler, runner, MonotonicClock(), Ledger(runner.layout.block_bytes), costs=costs)
+
+
+def profile_model(config: EngineConfig, progress: Progress, brief: bool = False) -> CostModel:
+    """Loads a model and measures this device with it: what `jaxcept profile` does."""
+    use_compilation_cache(config.compilation_cache)
+    return profile(build_runner(config, progress), progress, model=config.model_name, brief=brief)
+
+
+def choose_costs(config: EngineConfig, runner: DeviceRunner, progress: Progress) -> CostModel:
+    """The cost model of the user's file, or of an earlier start with this model on this device, or measured now.
+
+    ValueError or FileNotFoundError where the user's file is wrong.
+    """
+    if config.cost_model is not None:
+        return CostModel.load(config.cost_model)
+    path = cache_folder() / "costs" / f"{fingerprint(runner)}.json"
+    try:
+        return CostModel.load(path)
+    except (OSError, ValueError):
+        costs = profile(runner, progress, model=config.model_name, brief=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        costs.save(path)
+    except OSError as error:
+        logger.warning("the cost model cannot be kept in %s: %s", path, error)
+    return costs
+
+
+def fingerprint(runner: DeviceRunner) -> str:
+    """Names what a profile depends on: device, model, sizes, version of JAX."""
+    device = jax.devices()[0]
+    model = runner.model
+    parts = (device.device_kind, jax.__version__, model.config, model.dtype, model.implementation, runner.config)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer:
@@ -114,7 +174,13 @@ def choose_sizes(config: EngineConfig, model: Model) -> RunnerConfig:
     num_blocks = config.num_blocks or choose_num_blocks(
         model, config.block_size, max_num_seqs, max_model_len, budget, config.memory_utilization
     )
-    return RunnerConfig(num_blocks, config.block_size, max_num_seqs, budget, max_model_len)
+    num_host_blocks = 0
+    if config.intercept_policy in SWAPPING:
+        block_bytes = model.kv_layout(num_blocks, config.block_size).block_bytes
+        wanted = config.host_pool_gb
+        num_bytes = default_host_pool_bytes(num_blocks * block_bytes) if wanted is None else int(wanted * GIB)
+        num_host_blocks = num_bytes // block_bytes
+    return RunnerConfig(num_blocks, config.block_size, max_num_seqs, budget, max_model_len, num_host_blocks)
 
 
 def architectures() -> tuple[str, ...]:

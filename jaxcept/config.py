@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
 import jaxcept_models
+from jaxcept.scheduler.durations import ESTIMATORS
+from jaxcept.scheduler.orders import ORDERS
+from jaxcept.scheduler.policies.catalog import POLICIES
 
-POLICIES = ("preserve", "discard")
+GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +24,10 @@ class EngineConfig:
     sequence, prompt, completion and returned tokens together. num_blocks: size of the KV pool; None takes
     memory_utilization of a GPU's memory, or a share of a CPU's. implementation: "auto", "xla" or "native" (the CPU's
     own kernels). tool_call_parser: "auto" reads it off the chat template. compilation_cache: folder of XLA's persistent
-    cache; "" is none.
+    cache; "" is none. intercept_policy: where contexts wait for their tools. host_pool_gb: GiB of pinned host memory
+    where contexts may wait; None is 4 on a GPU and as much as the KV pool on a CPU, as far as the policy uses it.
+    queue_order: who is served first. duration_estimator: how long a tool will still take. cost_model: a file of
+    `jaxcept profile`; without one the engine measures itself once, for some seconds, and remembers.
     """
 
     model: str | Path | None = None
@@ -34,7 +41,11 @@ class EngineConfig:
     num_blocks: int | None = None
     memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
-    intercept_policy: str = "preserve"
+    intercept_policy: str = "min-waste"
+    host_pool_gb: float | None = None
+    queue_order: str = "fcfs"
+    duration_estimator: str = "survival"
+    cost_model: str | Path | None = None
     chat_template: str | None = None
     tool_call_parser: str = "auto"
     implementation: str = "auto"
@@ -42,8 +53,15 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.intercept_policy not in POLICIES:
-            raise ValueError(f"intercept_policy={self.intercept_policy!r}: expected one of {', '.join(POLICIES)}")
+        for name, known in (
+            ("intercept_policy", POLICIES),
+            ("queue_order", ORDERS),
+            ("duration_estimator", ESTIMATORS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}")
+        if self.host_pool_gb is not None and not 0 <= self.host_pool_gb < math.inf:
+            raise ValueError(f"host_pool_gb={self.host_pool_gb}: expected GiB of host memory, 0 or more")
         if not 0 < self.memory_utilization <= 1:
             raise ValueError(f"memory_utilization={self.memory_utilization}: expected above 0, at most 1")
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks"):
@@ -52,6 +70,11 @@ class EngineConfig:
                 raise ValueError(f"{name}={value}: expected 1 or more, or None")
         if self.block_size < 1:
             raise ValueError(f"block_size={self.block_size}: expected 1 or more")
+
+    @property
+    def model_name(self) -> str:
+        """What tables call the model."""
+        return "shipped" if self.model is None else Path(self.model).name
 
     @property
     def folder(self) -> Path:
@@ -83,11 +106,21 @@ def default_max_num_batched_tokens() -> int:
     return 512 if on_cpu() else 2048
 
 
+def default_host_pool_bytes(pool_bytes: int) -> int:
+    """Pinned host memory where the user is silent."""
+    return pool_bytes if on_cpu() else 4 * GIB
+
+
+def cache_folder() -> Path:
+    """Where jaxcept keeps what it can find out again."""
+    return Path.home() / ".cache" / "jaxcept"
+
+
 def use_compilation_cache(folder: str | Path | None) -> None:
     """Points XLA's persistent cache at `folder`, by default one under the user's cache."""
     if folder == "":
         return
-    path = Path(folder) if folder is not None else Path.home() / ".cache" / "jaxcept" / "xla"
+    path = Path(folder) if folder is not None else cache_folder() / "xla"
     path.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

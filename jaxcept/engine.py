@@ -9,6 +9,7 @@ from typing import Protocol
 
 from jaxcept.clock import Clock
 from jaxcept.metrics import Ledger
+from jaxcept.scheduler.costs import StepLoad
 from jaxcept.scheduler.events import Event, FinishReason
 from jaxcept.scheduler.plan import StepPlan, StepResult
 from jaxcept.scheduler.request import Request
@@ -29,6 +30,14 @@ class Runner(Protocol):
         ...
 
 
+class StepObserver(Protocol):
+    """Learns what steps take."""
+
+    def observe(self, load: StepLoad, seconds: float) -> None:
+        """A step of this load took so long on the device."""
+        ...
+
+
 class EngineDeadError(RuntimeError):
     """The device failed: this engine will not work again."""
 
@@ -41,7 +50,13 @@ class Engine:
     """
 
     def __init__(
-        self, scheduler: Scheduler, runner: Runner, clock: Clock, ledger: Ledger, pipeline_depth: int = 1
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        clock: Clock,
+        ledger: Ledger,
+        pipeline_depth: int = 1,
+        costs: StepObserver | None = None,
     ) -> None:
         if pipeline_depth < 0:
             raise ValueError(f"pipeline_depth={pipeline_depth}: expected 0 or more")
@@ -50,6 +65,7 @@ class Engine:
         self.clock = clock
         self.ledger = ledger
         self.pipeline_depth = pipeline_depth
+        self.costs = costs
         self._in_flight: deque[tuple[StepPlan, float]] = deque()  # with the time of submission
         self._last_collect = 0.0
         self._failure: BaseException | None = None
@@ -141,6 +157,8 @@ class Engine:
         if not plan.num_tokens:
             return  # it waited for a swap
         self.scheduler.observe_step(seconds)
+        if self.costs is not None and not plan.waits_for_swaps:
+            self.costs.observe(StepLoad.of(plan), seconds)
         num_recomputed = sum([chunk.num_recomputed for chunk in plan.chunks])
         self.ledger.charge_step(seconds, plan.num_tokens, num_recomputed)
 

@@ -13,15 +13,23 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxcept
-from jaxcept.build import architectures, describe_model
-from jaxcept.config import POLICIES, shipped_model
+from jaxcept.build import architectures, describe_model, profile_model
+from jaxcept.config import EngineConfig, shipped_model
 from jaxcept.llm import LLM
 from jaxcept.outputs import RequestOutput
+from jaxcept.scheduler.durations import ESTIMATORS
+from jaxcept.scheduler.orders import ORDERS
 from jaxcept.scheduler.params import SamplingParams
+from jaxcept.scheduler.policies.catalog import POLICIES
 from jaxcept.tools.definition import Tool
 from jaxcept.tools.parsers import PARSERS
 from jaxcept_serve import bench
 from jaxcept_serve.load_tools import load_tools
+
+COST_FIELDS = (
+    "overhead_s", "floor_s", "token_s", "context_token_s", "pair_s", "saturation_tokens", "kv_token_bytes",
+    "swap_out_latency_s", "swap_out_token_s", "swap_in_latency_s", "swap_in_token_s",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,6 +64,17 @@ def make_parser() -> argparse.ArgumentParser:
         add_engine_flags(command)
         add_sampling_flags(command)
     bench.add_commands(commands)
+    measure = commands.add_parser(
+        "profile",
+        help="measure this device with a model",
+        description="Measures the seconds of steps and swaps and writes a cost model, by which contexts are placed.",
+    )
+    measure.add_argument("--out", type=Path, help="file to write (default: the standard output)")
+    measure.add_argument(
+        "--brief", action="store_true", help="some seconds only, as an engine does when it first starts"
+    )
+    add_engine_flags(measure)
+    measure.set_defaults(run=run_profile)
     models = commands.add_parser("models", help="supported architectures, or what a folder holds")
     models.add_argument("folder", nargs="?", type=Path)
     models.set_defaults(run=run_models)
@@ -77,7 +96,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="(default: on)"
     )
-    group.add_argument("--intercept-policy", default="preserve", choices=POLICIES)
+    group.add_argument(
+        "--intercept-policy", default="min-waste", choices=POLICIES, help="where contexts wait for their tools"
+    )
+    group.add_argument("--host-pool-gb", type=float, help="GiB of host memory for them (default: 4 on a GPU)")
+    group.add_argument("--queue-order", default="fcfs", choices=ORDERS)
+    group.add_argument("--duration-estimator", default="survival", choices=ESTIMATORS)
+    group.add_argument("--cost-model", help="file of `jaxcept profile` (default: measured at the first start)")
     group.add_argument("--chat-template", help="file of a chat template, or the template itself")
     group.add_argument("--tool-call-parser", default="auto", choices=["auto", *PARSERS])
     group.add_argument("--seed", type=int, default=0)
@@ -102,13 +127,44 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stop", action="append", default=[])
 
 
+def run_profile(args: argparse.Namespace) -> int:
+    """`jaxcept profile`."""
+    console = Console(stderr=True)
+    with console.status("") as status:
+        costs = profile_model(
+            make_config(args), lambda done, total, what: status.update(f"{what} ({done} of {total})"), args.brief
+        )
+    table = Table(title=f"{costs.name}", title_justify="left")
+    for title in ("", "value", "from"):
+        table.add_column(title, overflow="fold")
+    for name in COST_FIELDS:
+        table.add_row(name, f"{getattr(costs, name):.6g}", costs.sources.get(name, ""))
+    console.print(table)
+    if args.out is None:
+        print(costs.to_json(), end="")
+    else:
+        costs.save(args.out)
+    return 0
+
+
 def make_llm(args: argparse.Namespace) -> LLM:
     """The engine that the flags ask for."""
+    return LLM(args.model, **engine_options(args))
+
+
+def make_config(args: argparse.Namespace) -> EngineConfig:
+    """The configuration that the flags ask for."""
+    return EngineConfig(args.model, **engine_options(args))
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Flags by the names of EngineConfig's fields."""
     names = (
         "tokenizer", "dtype", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
-        "memory_utilization", "enable_prefix_caching", "intercept_policy", "chat_template", "tool_call_parser", "seed",
+        "memory_utilization", "enable_prefix_caching", "intercept_policy", "host_pool_gb", "queue_order",
+        "duration_estimator", "cost_model", "chat_template", "tool_call_parser", "seed",
     )  # fmt: skip
-    return LLM(args.model, **{name: getattr(args, name) for name in names})
+    return {name: getattr(args, name) for name in names}
 
 
 def make_sampling(args: argparse.Namespace) -> SamplingParams:

@@ -36,6 +36,7 @@ _FACTORIES: dict[str, Callable[[Costs], Policy]] = {
     "min-waste": MinWaste,
 }
 POLICIES = tuple(_FACTORIES)
+SWAPPING = ("budgeted-swap", "heuristic", "min-waste-paper", "swap", "prefix-lru-offload", "min-waste")  # use the host
 ABLATION = ("discard", "discard-ordered", "chunked", "budgeted-swap", "heuristic", "min-waste-paper")
 
 
