@@ -22,7 +22,7 @@ class Heuristic(PolicyBase):
         return hidden_blocks(self._costs, batch)
 
     def place(self, intercepted: Sequence[InterceptedView], batch: BatchView) -> Sequence[Placement]:
-        """By the threshold."""
+        """By the threshold; blocks that others hold too stay, for giving them up frees nothing."""
         budget = blocks_to_swap(batch)
         placements = []
         for view in intercepted:
@@ -31,5 +31,5 @@ class Heuristic(PolicyBase):
                 continue
             swap = min(budget, swappable_blocks(view, batch.block_size))
             budget -= swap
-            placements.append(Placement(0, swap))
+            placements.append(Placement(view.num_blocks - view.num_exclusive_blocks, swap))
         return placements

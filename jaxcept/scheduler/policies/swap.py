@@ -36,11 +36,11 @@ class BudgetedSwap(PolicyBase):
         return hidden_blocks(self._costs, batch)
 
     def place(self, intercepted: Sequence[InterceptedView], batch: BatchView) -> Sequence[Placement]:
-        """Swaps or gives up."""
+        """Swaps or gives up; blocks that others hold too stay, for giving them up frees nothing."""
         budget = blocks_to_swap(batch)
         placements = []
         for view in intercepted:
             swap = min(budget, swappable_blocks(view, batch.block_size))
             budget -= swap
-            placements.append(Placement(0, swap))
+            placements.append(Placement(view.num_blocks - view.num_exclusive_blocks, swap))
         return placements
