@@ -37,8 +37,11 @@ from jaxcept.scheduler.plan import (
 Progress = Callable[[int, int, str], None]
 Fit = Literal["full", "linear"]
 
-BRIEF_S = 5.0  # after so many seconds a brief profile has enough, if it has at least BRIEF_POINTS
+BRIEF_S = 4.0  # after so many seconds a brief profile has enough, if it has at least BRIEF_POINTS
 BRIEF_POINTS = 7
+ROUNDS = 5
+REPEATS = 3  # in each round
+LONG_S = 2.0  # a load that took so long in sum is known well enough
 _SOURCE = "measured by jaxcept profile"
 _GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 _SWAP_SIZES = (1, 4, 8, 16, 32, 64, 128)
@@ -59,6 +62,13 @@ class SwapTimes(NamedTuple):
     blocks: int
     alone_s: float
     beside_s: float
+
+
+class _SwapSample(NamedTuple):
+    out_alone: float
+    out_beside: float
+    in_alone: float
+    in_beside: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,29 +98,44 @@ def profile(
 
 
 def measure(runner: DeviceRunner, progress: Progress | None = None, *, brief: bool = False) -> Measurements:
-    """Times steps over a grid of loads, and swaps over numbers of blocks where the runner has host blocks."""
-    stopwatch = _Stopwatch(runner, repeats=3 if brief else 7)
+    """Times steps over a grid of loads, and swaps over numbers of blocks where the runner has host blocks.
+
+    The grid is gone through several times, so that a moment in which the machine is busy with something else falls on
+    a few times of many loads, and the medians leave it out.
+    """
+    stopwatch = _Stopwatch(runner)
     batches = list(grid(runner.config, brief))
-    largest = Batch(0, 0, runner.config.max_num_batched_tokens, 0)
     sizes = [n for n in _SWAP_SIZES if n <= min(runner.config.num_host_blocks, runner.config.num_blocks)]
     sizes = sizes[::3] if brief else sizes
-    total = len(batches) + 2 * len(sizes)
-    steps: list[tuple[StepLoad, float]] = []
-    begin = time.perf_counter()
-    for done, batch in enumerate(batches, start=1):
-        if brief and len(steps) >= BRIEF_POINTS and time.perf_counter() - begin > BRIEF_S:
-            break
-        steps.append(stopwatch.step(batch))
-        if progress is not None:
-            progress(done, total, f"step of {steps[-1][0].query_tokens} tokens")
-    swaps: dict[MoveKind, list[SwapTimes]] = {MoveKind.SWAP_OUT: [], MoveKind.SWAP_IN: []}
-    for index, size in enumerate(sizes):  # out before in: what comes in must be there
-        for offset, (kind, times) in enumerate(swaps.items(), start=1):
-            times.append(stopwatch.swap(kind, size, largest))
+    begin, done, total = time.perf_counter(), 0, ROUNDS * (len(batches) + len(sizes))
+    steps: dict[Batch, list[float]] = {}
+    swaps: dict[int, list[_SwapSample]] = {size: [] for size in sizes}
+    for _ in range(ROUNDS):
+        for batch in batches:
+            done += 1
+            is_late = brief and time.perf_counter() - begin > BRIEF_S
+            if (is_late and len(steps) >= BRIEF_POINTS) or sum(steps.get(batch, ())) > LONG_S:
+                continue
+            steps.setdefault(batch, []).extend(stopwatch.step(batch))
             if progress is not None:
-                progress(len(batches) + 2 * index + offset, total, f"{kind} of {size} blocks")
+                progress(done, total, f"steps of {batch.decodes + batch.tokens} tokens")
+        for size in sizes:
+            done += 1
+            if brief and swaps[size] and time.perf_counter() - begin > BRIEF_S:
+                continue
+            swaps[size] += [stopwatch.swap(size) for _ in range(REPEATS)]
+            if progress is not None:
+                progress(done, total, f"swaps of {size} blocks")
     stopwatch.leave()
-    return Measurements(tuple(steps), tuple(swaps[MoveKind.SWAP_OUT]), tuple(swaps[MoveKind.SWAP_IN]))
+    if progress is not None:
+        progress(total, total, "fit")
+    return Measurements(
+        tuple((stopwatch.load(batch), median(seconds)) for batch, seconds in steps.items()),
+        tuple(
+            SwapTimes(n, median(t.out_alone for t in ts), median(t.out_beside for t in ts)) for n, ts in swaps.items()
+        ),
+        tuple(SwapTimes(n, median(t.in_alone for t in ts), median(t.in_beside for t in ts)) for n, ts in swaps.items()),
+    )
 
 
 def grid(config: RunnerConfig, brief: bool) -> Iterator[Batch]:
@@ -157,7 +182,6 @@ class _Stopwatch:
     """Times single loads on a runner; sequences of its own hold all rows meanwhile."""
 
     runner: DeviceRunner
-    repeats: int
     _step_id: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -171,30 +195,35 @@ class _Stopwatch:
         self.runner.submit(self._plan(None))
         self.runner.collect()
 
-    def step(self, batch: Batch) -> tuple[StepLoad, float]:
-        """The load and its seconds: the median time from one collected step to the next, one being in flight."""
+    def load(self, batch: Batch) -> StepLoad:
+        """What makes the batch's step long."""
+        return StepLoad.of(self._plan(batch))
+
+    def step(self, batch: Batch) -> list[float]:
+        """Seconds from one collected step to the next, one being in flight, after one to warm up."""
         seconds: list[float] = []
-        load = StepLoad.of(self._submit(batch))
-        self.runner.collect()
         self._submit(batch)
-        last = None
-        for _ in range(self.repeats + 1):
+        self._submit(batch)
+        self.runner.collect()
+        last = time.perf_counter()
+        while len(seconds) < REPEATS and sum(seconds) < LONG_S:
             self._submit(batch)
             self.runner.collect()
-            now = time.perf_counter()
-            if last is not None:
-                seconds.append(now - last)
-            last = now
-            if sum(seconds) > 2.0:
-                break  # long steps vary little
+            seconds.append(time.perf_counter() - last)
+            last = time.perf_counter()
         self.runner.collect()
-        return load, median(seconds)
+        return seconds
 
-    def swap(self, kind: MoveKind, blocks: int, largest: Batch) -> SwapTimes:
-        """Seconds of a swap alone and beside the largest step."""
-        alone = [self._swap(kind, blocks, None) for _ in range(self.repeats)]
-        beside = [self._swap(kind, blocks, largest) for _ in range(self.repeats)]
-        return SwapTimes(blocks, median(alone), median(beside))
+    def swap(self, blocks: int) -> _SwapSample:
+        """Seconds of a swap out and of the way back, each alone and beside the largest step."""
+        largest = Batch(0, 0, self.runner.config.max_num_batched_tokens, 0)
+        out, back = MoveKind.SWAP_OUT, MoveKind.SWAP_IN
+        return _SwapSample(
+            self._swap(out, blocks, None),
+            self._swap(out, blocks, largest),
+            self._swap(back, blocks, None),
+            self._swap(back, blocks, largest),
+        )
 
     def leave(self) -> None:
         """The runner is as it was: it knows of no swaps, and rows are taken over by whoever comes."""
