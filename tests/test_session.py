@@ -141,7 +141,7 @@ def test_a_call_runs_and_the_sequence_goes_on_from_its_own_ids(tokenizer):
     assert completion.finish_reason == "stop"
     (record,) = completion.interceptions
     assert (record.calls[0].name, record.calls[0].arguments, record.calls[0].result) == ("shout", {"word": "hi"}, "HI")
-    assert record.residency == "discarded" and record.outcome == "returned" and record.num_recomputed > 0
+    assert record.residency == "cached" and record.outcome == "returned" and record.num_recomputed > 0
     # What was sent is what the sequence holds, and the device was given back the very ids that it had drawn.
     first, second = session.engine.runner.row_tokens[0]
     generated = tokenizer.encode(f"Let me.\n{call}<|im_end|>", add_special_tokens=False)
