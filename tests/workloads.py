@@ -36,7 +36,7 @@ class KeepSome(Preserve):
 
     def __init__(self) -> None:
         super().__init__()
-        self.name = "keep-some"
+        self.name, self.traits = "keep-some", Traits(host=HostUse.NONE)
 
     def place(self, intercepted: Sequence[InterceptedView], batch: BatchView) -> Sequence[Placement]:
         return [Placement(max(0, view.num_blocks - 1 - int(view.elapsed) // 2)) for view in intercepted]

@@ -108,7 +108,7 @@ class Book:
         self.decoding = ArrivalQueue()
         self.intercepted: dict[int, Sequence] = {}
         self.holders: dict[int, Sequence] = {}
-        self.has_unplaced = False  # whether an interception began that the policy was not asked about yet
+        self.unplaced: list[Sequence] = []  # intercepted with blocks, and the policy was not asked yet
         self.free_rows = list(range(config.max_num_seqs))
         heapify(self.free_rows)
 
@@ -174,7 +174,7 @@ class Book:
         self.intercepted[seq.seq_id] = seq
         if seq.blocks:
             self.holders[seq.seq_id] = seq
-            self.has_unplaced = True
+            self.unplaced.append(seq)
 
     def finish(self, seq: Sequence) -> None:
         """Any state → FINISHED; the sequence must hold no blocks."""

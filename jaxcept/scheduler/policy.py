@@ -71,10 +71,14 @@ class Traits:
     requeues_at_tail: bool = False  # a returned sequence queues as if it had arrived then
     recompute_tokens: int | None = None  # most query tokens of a step that recomputes or takes returned tokens in
     waits_for_swaps: bool = False  # the device stands still while blocks move
+    reconsiders: bool = True  # False: a context is placed once, when its interception begins
 
 
 class Policy(Protocol):
-    """Decides at the start of every step, for every intercepted sequence that holds blocks on the device."""
+    """Decides at the start of every step, for every intercepted sequence that holds blocks on the device.
+
+    One that does not reconsider is asked for those alone that were intercepted since it was asked last.
+    """
 
     @property
     def name(self) -> str:

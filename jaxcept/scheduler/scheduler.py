@@ -237,8 +237,10 @@ class Scheduler:
 
     def _place_contexts(self, batch: BatchView) -> None:
         """Asks the policy where the contexts of intercepted sequences live."""
-        self._book.has_unplaced = False
-        seqs = [seq for seq in self._book.holders.values() if seq.state is SeqState.INTERCEPTED]
+        book = self._book
+        unplaced, book.unplaced = book.unplaced, []
+        among = book.holders.values() if self.policy.traits.reconsiders else dict.fromkeys(unplaced)
+        seqs = [seq for seq in among if seq.state is SeqState.INTERCEPTED and seq.blocks]
         if not seqs:
             return
         batch = batch._replace(swap_budget=self.swaps.budget_left)
@@ -293,7 +295,7 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether `schedule` or `drain` has something to do: not while every sequence waits for a tool."""
         book = self._book
-        return len(book.sequences) > len(book.intercepted) or bool(book.events) or book.has_unplaced
+        return len(book.sequences) > len(book.intercepted) or bool(book.events) or bool(book.unplaced)
 
     @property
     def counters(self) -> Counters:

@@ -12,7 +12,7 @@ class Preserve(PolicyBase):
     """Holds every context until its tool returns."""
 
     def __init__(self, prefix_caching: bool = True) -> None:
-        super().__init__("preserve", Traits(host=HostUse.NONE, prefix_caching=prefix_caching))
+        super().__init__("preserve", Traits(host=HostUse.NONE, prefix_caching=prefix_caching, reconsiders=False))
 
     def place(self, intercepted: Sequence[InterceptedView], batch: BatchView) -> Sequence[Placement]:
         """Keeps all."""
