@@ -29,15 +29,11 @@ class PolicyBase:
 
 
 def hidden_blocks(costs: Costs, batch: BatchView) -> int:
-    """The largest N with T_swap(N) <= T_fwd(B), in blocks (InferCept, arXiv 2402.01869): free behind this step.
-
-    B is no more than there is memory for: who waits for blocks does not make the step any longer.
-    """
+    """The largest N with T_swap(N) <= T_fwd(B), in blocks (InferCept, arXiv 2402.01869): free behind this step."""
     if not batch.query_tokens:
         return IDLE_BLOCKS
-    query = min(batch.query_tokens, batch.num_running + batch.num_available_blocks * batch.block_size)
-    context = batch.running_tokens + query
-    seconds = costs.step_s(StepLoad(query, context, context, max(1, batch.num_running)))
+    context = batch.running_tokens + batch.query_tokens
+    seconds = costs.step_s(StepLoad(batch.query_tokens, context, context, max(1, batch.num_running)))
     return costs.hidden_tokens(seconds) // batch.block_size
 
 
