@@ -146,7 +146,7 @@ def test_greedy_tokens_are_equal_preserved_discarded_and_never_intercepted(small
     discarded = intercepted_tokens(small_model, Discard(), prompts, **config)
     assert [e.token_ids for e in preserved] == [e.token_ids for e in discarded]
     assert all(i.residency == "preserved" and i.num_recomputed == 0 for e in preserved for i in e.interceptions)
-    assert all(i.residency == "discarded" for e in discarded for i in e.interceptions)
+    assert all(i.residency in ("discarded", "cached") for e in discarded for i in e.interceptions)
     recomputed = sum(i.num_recomputed for e in discarded for i in e.interceptions)
     cached = sum(i.num_cached_on_return for e in discarded for i in e.interceptions)
     assert recomputed > 0 and (cached > 0) == caching

@@ -110,12 +110,6 @@ def test_without_anyone_waiting_min_waste_holds_what_the_paper_gives_up():
     assert MinWaste(HAND).place(views, alone._replace(num_waiting=1)) == [Placement(0)]
 
 
-def test_a_context_that_is_back_before_it_could_be_moved_stays():
-    # 12 blocks take 24 ms each way.
-    for seconds, placement in [(0.047, Placement(12)), (0.049, Placement(0, 12))]:
-        assert MinWaste(HAND).place([view(0, 1200, seconds)], BATCH._replace(swap_budget=15)) == [placement]
-
-
 def test_the_budget_hides_behind_the_step():
     assert hidden_blocks(HAND, BATCH) == 15
     # T_fwd(4) = 10.2 ms, in which 510 tokens move.
@@ -163,7 +157,7 @@ def test_traits_are_those_of_the_table():
         traits[name].prefix_caching for name in ("preserve", "prefix-lru", "prefix-lru-offload", "ttl", "min-waste")
     )
     chunked = {name for name in POLICIES if traits[name].recompute_tokens == HAND.saturation_tokens}
-    assert chunked == {"chunked", "budgeted-swap", "heuristic", "min-waste-paper", "min-waste"}
+    assert chunked == {"chunked", "budgeted-swap", "heuristic", "min-waste-paper"}
     assert make_policy("swap", HAND).swap_budget(BATCH) is None
     assert make_policy("min-waste", HAND).swap_budget(BATCH) == 15
     assert make_policy("preserve", HAND).swap_budget(BATCH) == 0

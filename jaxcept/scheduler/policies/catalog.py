@@ -25,7 +25,9 @@ _FACTORIES: dict[str, Callable[[Costs], Policy]] = {
     ),
     "budgeted-swap": BudgetedSwap,
     "heuristic": Heuristic,
-    "min-waste-paper": lambda costs: MinWaste(costs, name="min-waste-paper", prefix_caching=False, spares=False),
+    "min-waste-paper": lambda costs: MinWaste(
+        costs, name="min-waste-paper", prefix_caching=False, spares=False, saturates=True
+    ),
     "preserve": lambda costs: Preserve(),
     "swap": lambda costs: Swap(),
     "prefix-lru": lambda costs: Discard("prefix-lru", Traits(host=NO_HOST, requeues_at_tail=True)),

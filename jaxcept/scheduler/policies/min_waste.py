@@ -15,16 +15,25 @@ class MinWaste(PolicyBase):
 
     The paper weighs a context by what it wastes from now on: held, T_INT·C·M, with T_INT the estimate of the remaining
     time; given up, the two terms of chunked recompute. C are the tokens that this context alone holds on the device:
-    giving up others frees nothing, so they stay, and a context without any of its own wastes nothing. `spares` departs
-    from the paper in two ways. While nobody waits for memory, giving up frees what nobody wants, so contexts are held
-    (or swapped behind the step, which costs nothing). And a context whose tool is back before it could go out and come
-    in is not swapped.
+    giving up others frees nothing, so they stay, and a context without any of its own wastes nothing.
+
+    With the prefix cache, what went out stays findable on the device until its block is needed, so that an early swap
+    costs a tool that is back soon nothing. Two more departures from the paper, each of which can be turned off: while
+    nobody waits for memory, giving up frees what nobody wants, so contexts are held (`spares`); and what is recomputed
+    or returned takes the step's whole token budget rather than S - decodes tokens (`saturates`).
     """
 
     def __init__(
-        self, costs: Costs, *, name: str = "min-waste", prefix_caching: bool = True, spares: bool = True
+        self,
+        costs: Costs,
+        *,
+        name: str = "min-waste",
+        prefix_caching: bool = True,
+        spares: bool = True,
+        saturates: bool = False,
     ) -> None:
-        super().__init__(name, Traits(prefix_caching=prefix_caching, recompute_tokens=costs.saturation_tokens))
+        limit = costs.saturation_tokens if saturates else None
+        super().__init__(name, Traits(prefix_caching=prefix_caching, recompute_tokens=limit))
         self.costs = costs
         self.spares = spares
 
@@ -45,8 +54,6 @@ class MinWaste(PolicyBase):
         for gain, place, is_held in choices:
             view = intercepted[place]
             swap = min(budget, swappable_blocks(view, batch.block_size)) if budget and gain < 0 else 0
-            if swap and not self._is_worth_moving(view, batch):
-                swap = 0
             budget -= swap
             keep = view.num_blocks - (swap if is_held else view.num_exclusive_blocks)
             placements[place] = Placement(keep, swap)
@@ -62,8 +69,3 @@ class MinWaste(PolicyBase):
         chunks = num_chunks(self.costs, own, batch.num_running)
         given_up = chunked_discard_waste(self.costs, own, batch.running_tokens, chunks)
         return (held, True) if held <= given_up else (given_up, False)
-
-    def _is_worth_moving(self, view: InterceptedView, batch: BatchView) -> bool:
-        num_tokens = view.num_exclusive_blocks * batch.block_size
-        there_and_back = self.costs.swap_out_s(num_tokens) + self.costs.swap_in_s(num_tokens)
-        return not self.spares or view.remaining_s > there_and_back
