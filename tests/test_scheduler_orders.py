@@ -2,8 +2,14 @@
 
 import pytest
 
-from jaxcept.scheduler.orders import ORDERS, STEP_TOKENS, MemoryTime, Mlfq, QueueView, Value, make_order
+from jaxcept.engine import Engine
+from jaxcept.metrics import Ledger
+from jaxcept.scheduler.events import Finished
+from jaxcept.scheduler.orders import ORDERS, STEP_TOKENS, MemoryTime, Mlfq, QueueOrder, QueueView, Value, make_order
+from jaxcept.scheduler.policies.preserve import Preserve
 from jaxcept.scheduler.policy import BatchView
+from jaxcept.scheduler.scheduler import Scheduler
+from tests.fakes import Rig, next_token
 
 BATCH = BatchView(
     now=10.0,
@@ -129,3 +135,68 @@ def test_value_does_not_count_a_step_twice():
     order = Value(step_slo_s=0.1)
     limits(order, [0.2, 0.2])
     assert [order.token_limit(BATCH) for _ in range(3)] == [800, 800, 800]
+
+
+def rig_of(order: QueueOrder, **config: int) -> Rig:
+    """A rig whose scheduler serves in this order; its clock ticks once a step."""
+    rig = Rig(**config)
+    rig.scheduler = Scheduler(rig.config, Preserve(), order=order)
+    rig.engine = Engine(rig.scheduler, rig.runner, rig.clock, Ledger(100))
+    return rig
+
+
+def finished(rig: Rig) -> list[str]:
+    """Names of the requests, the first that ended first. Each has the tokens that it would have had alone."""
+    seeds = {setup.seq_id: setup.seed for plan in rig.runner.plans for setup in plan.rows}
+    for end in rig.told(Finished):
+        for position in range(end.num_prompt, len(end.token_ids)):
+            assert end.token_ids[position] == next_token(end.token_ids[:position], seeds[end.seq_id])
+    return [end.request_id for end in rig.told(Finished)]
+
+
+@pytest.mark.parametrize(
+    ("name", "served"),
+    [
+        ("fcfs", ["long", "middle", "short"]),
+        ("mlfq", ["long", "middle", "short"]),  # all prompts fit the first level, and none outlasts its 4 steps
+        ("memory-time", ["short", "middle", "long"]),
+        ("value", ["short", "middle", "long"]),
+    ],
+)
+def test_one_row_is_served_in_the_order(name: str, served: list[str]):
+    rig = rig_of(make_order(name), max_num_seqs=1)
+    for arrival, (request, max_tokens) in enumerate([("long", 4), ("middle", 3), ("short", 2)]):
+        rig.add(request, (1, 2, 3), max_tokens=max_tokens, arrival=float(arrival))
+    rig.run()
+    assert finished(rig) == served
+    assert rig.scheduler.counters.preemptions == 0
+
+
+def served_before_the_long_one(starvation_s: float) -> int:
+    """A long request waits for the one row, and at every step a short one comes in that ranks before it."""
+    rig = rig_of(MemoryTime(starvation_s=starvation_s), max_num_seqs=1)
+    rig.add("long", (1, 2, 3), max_tokens=12)
+    for arrival in range(40):
+        rig.add(f"short {arrival}", (4, 5), max_tokens=2)
+        rig.step()
+    rig.run()
+    order = finished(rig)
+    assert len(order) == 41
+    return order.index("long")
+
+
+def test_who_has_waited_too_long_goes_first():
+    assert served_before_the_long_one(1000.0) == 40, "nothing but the bound lets it in"
+    assert served_before_the_long_one(8.0) <= 6, "a short one takes about two steps of a second"
+
+
+def test_mlfq_lets_a_short_one_in_front_of_a_long_one():
+    """One row. After 2 steps the long one has sunk to the second level; the short one joins the first and takes it."""
+    rig = rig_of(Mlfq(quantum=2), max_num_seqs=1)
+    rig.add("long", (1, 2, 3), max_tokens=20)
+    for _ in range(6):
+        rig.step()
+    rig.add("short", (4, 5), max_tokens=2)
+    rig.run()
+    assert finished(rig) == ["short", "long"]
+    assert {end.request_id: end.num_preemptions for end in rig.told(Finished)} == {"short": 0, "long": 1}
