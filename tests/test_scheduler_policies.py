@@ -14,7 +14,7 @@ from jaxcept.scheduler.policies.min_waste import MinWaste
 from jaxcept.scheduler.policies.ttl import Ttl
 from jaxcept.scheduler.policy import BatchView, HostUse, InterceptedView, Placement
 from jaxcept.scheduler.refined_costs import RefinedCosts
-from tests.costs import HAND
+from tests.costs import FULL, HAND
 
 SIZE = 100  # tokens of a block
 BATCH = BatchView(
@@ -210,6 +210,13 @@ def resumed(tool: str, seconds: float, queued_s: float = 0.0, **changes: object)
 def test_ttl_of_an_unknown_tool_is_what_its_reload_costs():
     # 1200 tokens behind 4 decodes: 3 chunks of 30 ms.
     assert Ttl(HAND).time_to_live("new", 1200, 4) == pytest.approx(0.09)
+
+
+def test_ttl_counts_what_later_chunks_attend_to():
+    # 1200 tokens in 3 chunks, behind 0, 400 and 800.
+    reload_s = sum(FULL.forward_s(400, start) for start in (0, 400, 800))
+    assert reload_s > 3 * FULL.forward_s(400)
+    assert Ttl(FULL).time_to_live("new", 1200, 4) == pytest.approx(reload_s)
 
 
 @pytest.mark.parametrize("draw", [lambda rng: rng.expovariate(20.0), lambda rng: rng.choice([0.02, 5.0])])

@@ -72,7 +72,8 @@ class Ttl(PolicyBase):
     def time_to_live(self, tool: str, num_tokens: int, num_decodes: int) -> float:
         """Seconds to pin a context of num_tokens for."""
         chunks = num_chunks(self._costs, num_tokens, num_decodes)
-        reload_s = chunks * self._costs.forward_s(-(-num_tokens // chunks))
+        size = -(-num_tokens // chunks)
+        reload_s = chunks * self._costs.forward_s(size, (num_tokens - size) // 2)  # the middle one: the mean of all
         known = self._durations.get(tool)
         if known is None or len(known.ordered) < FEW:
             return reload_s
