@@ -102,6 +102,8 @@ def test_a_model_survives_its_file(tmp_path: Path):
         ({"pair_s": math.nan}, "pair_s=nan"),
         ({"floor_s": "fast"}, "floor_s='fast'"),
         ({"saturation_tokens": 0}, "saturation_tokens=0"),
+        ({"sources": None}, "sources=None"),
+        ({"name": 5}, "name=5"),
         ({"kv_token_bytes": 1.5}, "kv_token_bytes=1.5"),
     ],
 )

@@ -105,6 +105,12 @@ class CostModel:
             value = getattr(self, spec.name)
             if spec.name.endswith("_s") and not (_is_number(value) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"{spec.name}={value!r}: expected seconds, 0 or more")
+        for name in ("name", "device", "model", "dtype"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected text")
+        for name in ("sources", "versions"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected an object of texts")
         for name in ("saturation_tokens", "kv_token_bytes"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
