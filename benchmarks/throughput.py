@@ -143,7 +143,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--save", type=Path)
+    parser.add_argument("--write-model", type=Path, metavar="FOLDER", help="write the model there and do nothing else")
     args = parser.parse_args()
+    if args.write_model is not None:
+        build_checkpoint(args.write_model)
+        return
     with tempfile.TemporaryDirectory() as folder:
         build_checkpoint(Path(folder))
         engine, reference = Jaxcept(Path(folder), max(args.batches)), Transformers(Path(folder))

@@ -8,7 +8,7 @@ import pytest
 
 from jaxcept.scheduler.interception import Interception, Outcome, Residency
 from jaxcept.scheduler.policies.base import IDLE_BLOCKS, hidden_blocks
-from jaxcept.scheduler.policies.catalog import ABLATION, POLICIES, make_policy
+from jaxcept.scheduler.policies.catalog import ABLATION, POLICIES, SWAPPING, make_policy
 from jaxcept.scheduler.policies.heuristic import Heuristic
 from jaxcept.scheduler.policies.min_waste import MinWaste
 from jaxcept.scheduler.policies.ttl import Ttl
@@ -264,3 +264,7 @@ def test_a_pin_ends_when_it_was_set_to_end():
     assert policy.next_change(10.10) is None
     # The sequence's next call gets a pin of its own.
     assert policy.place([pinned._replace(since=20.0)], BATCH._replace(now=20.0)) == [Placement(12)]
+
+
+def test_the_host_pool_is_built_for_the_policies_that_use_it():
+    assert {name for name in POLICIES if make_policy(name, HAND).traits.host is not HostUse.NONE} == set(SWAPPING)
