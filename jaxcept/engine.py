@@ -37,6 +37,11 @@ class StepObserver(Protocol):
         """A step of this load took so long on the device."""
         ...
 
+    @property
+    def relative_error(self) -> float | None:
+        """Median of |predicted - measured| / measured over the last steps; None before the first."""
+        ...
+
 
 class EngineDeadError(RuntimeError):
     """The device failed: this engine will not work again."""
@@ -122,6 +127,25 @@ class Engine:
     def next_deadline(self) -> float | None:
         """When `step` must be called though nothing else happens, seconds of the clock; None: never."""
         return self.scheduler.next_deadline(self.clock.now())
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the moment and totals since the start, by name; seconds, bytes, byte-seconds, tokens, blocks."""
+        scheduler, counters, waste = self.scheduler, self.scheduler.counters, self.ledger.waste
+        figures: dict[str, float] = {
+            "num_running": scheduler.num_running,
+            "num_waiting": scheduler.num_waiting,
+            "num_intercepted": scheduler.num_intercepted,
+            "held_blocks": scheduler.num_held_blocks,
+            "held_host_blocks": scheduler.swaps.host.pool.num_held,
+            "busy_s": self.ledger.busy_s,
+            "waste_held": waste.held,
+            "waste_recompute": waste.recompute,
+        }
+        figures |= {name: getattr(counters, name) for name in counters.__slots__ if name != "finished"}
+        figures |= {f"finished_{reason}": count for reason, count in counters.finished.items()}
+        if self.costs is not None and self.costs.relative_error is not None:
+            figures["step_prediction_error"] = self.costs.relative_error
+        return figures
 
     def step(self) -> list[Event]:
         """Plans and submits a step, collects the oldest one where enough are in flight; returns what happened.

@@ -96,6 +96,10 @@ class LLM:
         """As `chat`, yielding what each step adds. Delta.request_id is the conversation's index, as a string."""
         return self._stream(self._chat_job(messages, params, tools, intercept))
 
+    def get_metrics(self) -> dict[str, float]:
+        """The engine's figures by name: tokens by cause, waste, swaps, and how far off step predictions are."""
+        return self.session.engine.metrics()
+
     def _prompt_job(
         self,
         prompts: Prompt | Sequence[Prompt],

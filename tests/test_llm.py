@@ -36,6 +36,16 @@ def test_generate_calls_the_tool_and_goes_on_with_the_answer(llm):
     assert interception.duration_s >= 0 and interception.num_returned > 0
 
 
+def test_metrics_tell_what_the_engine_did(llm):
+    before = llm.get_metrics()
+    llm.generate(QUESTION, GREEDY, tools=builtin.TOOLS)
+    after = llm.get_metrics()
+    assert after["interceptions"] == before["interceptions"] + 1 and after["generated_tokens"] > 0
+    assert after["num_running"] == after["num_waiting"] == after["held_blocks"] == after["held_host_blocks"] == 0
+    assert after["finished_stop"] == before.get("finished_stop", 0) + 1
+    assert 0 <= after["step_prediction_error"] < 10 and after["busy_s"] > before["busy_s"]
+
+
 def test_conversations_side_by_side_answer_as_they_do_alone(llm):
     questions = [QUESTION, "Hello!", "What is 12 + 30?", "What is the capital of France?"] * 4
     conversations = [[{"role": "user", "content": question}] for question in questions]
