@@ -92,6 +92,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-num-seqs", type=int)
     group.add_argument("--max-num-batched-tokens", type=int)
     group.add_argument("--block-size", type=int, default=16)
+    group.add_argument(
+        "--num-gpu-blocks-override", type=int, dest="num_blocks", help="blocks of the KV pool (default: what fits)"
+    )
     group.add_argument("--gpu-memory-utilization", type=float, default=0.9, dest="memory_utilization")
     group.add_argument(
         "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="(default: on)"
@@ -161,7 +164,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """Flags by the names of EngineConfig's fields."""
     names = (
         "tokenizer", "dtype", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
-        "memory_utilization", "enable_prefix_caching", "intercept_policy", "host_pool_gb", "queue_order",
+        "num_blocks", "memory_utilization", "enable_prefix_caching", "intercept_policy", "host_pool_gb", "queue_order",
         "duration_estimator", "cost_model", "chat_template", "tool_call_parser", "seed",
     )  # fmt: skip
     return {name: getattr(args, name) for name in names}
