@@ -16,9 +16,11 @@ from tests.fakes import Rig, scripted
 class Swapping(Preserve):
     """Swaps `count` blocks of every context, within `budget` blocks a step."""
 
-    def __init__(self, count: int = 10**6, budget: int | None = None, keep: int | None = None) -> None:
+    def __init__(
+        self, count: int = 10**6, budget: int | None = None, keep: int | None = None, partial: bool = True
+    ) -> None:
         super().__init__()
-        self.traits = Traits()
+        self.traits = Traits(swaps_partial_blocks=partial)
         self.count, self.budget, self.keep = count, budget, keep
 
     def swap_budget(self, batch: BatchView) -> int | None:
@@ -158,7 +160,7 @@ def test_a_prefix_that_two_contexts_share_is_moved_once():
     rig.add("b", [*prompt, 91], scripted(2), max_tokens=4)
     rig.run()
     outs = [move for plan in rig.runner.plans for move in plan.moves if move.kind is MoveKind.SWAP_OUT]
-    assert len(outs) == 3, "three blocks of the prefix; each one's own tail of two tokens is computed again"
+    assert len(outs) == 4 + 1, "three blocks of the prefix and each one's own tail"
 
 
 def test_blocks_that_the_host_still_has_are_not_sent_again():
@@ -168,7 +170,19 @@ def test_blocks_that_the_host_still_has_are_not_sent_again():
     rig.engine.resume(seq_id, [5])
     rig.run()
     first, second = split_by_resume(rig.runner.plans)
-    assert first == 3 and second == 1
+    assert first == 4 and second == 1
+
+
+def test_a_partly_filled_block_may_be_computed_again_rather_than_sent():
+    rig = make_rig(Swapping(partial=False), enable_prefix_caching=True)
+    seq_id = rig.add("r", range(12), scripted(3), max_tokens=6)
+    rig.run()
+    assert kinds(rig) == ["swap_out"] * 3 and rig.scheduler.num_held_blocks == 0
+    rig.engine.resume(seq_id, [5])
+    rig.run()
+    (resumed,) = rig.told(Resumed)
+    assert resumed.interception.num_recomputed == 2 and resumed.interception.residency is Residency.CACHED
+    assert finished(rig) == uninterrupted(range(12), 3, [5], 6)
 
 
 def split_by_resume(plans: list[StepPlan]) -> tuple[int, int]:

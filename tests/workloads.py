@@ -61,7 +61,7 @@ class Mixture(Preserve):
 
     def __init__(self) -> None:
         super().__init__()
-        self.name, self.traits = "mixture", Traits(recompute_tokens=6)
+        self.name, self.traits = "mixture", Traits(recompute_tokens=6, swaps_partial_blocks=False)
 
     def swap_budget(self, batch: BatchView) -> int | None:
         return int(batch.now) % 4

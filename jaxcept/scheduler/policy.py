@@ -70,6 +70,7 @@ class Traits:
     prefix_caching: bool = True  # False: never, whatever the configuration says
     requeues_at_tail: bool = False  # a returned sequence queues as if it had arrived then
     recompute_tokens: int | None = None  # most query tokens of a step that recomputes or takes returned tokens in
+    swaps_partial_blocks: bool = True  # False: a block that is partly filled is recomputed where full ones are cached
     waits_for_swaps: bool = False  # the device stands still while blocks move
     reconsiders: bool = True  # False: a context is placed once, when its interception begins
 

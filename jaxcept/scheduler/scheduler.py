@@ -56,7 +56,7 @@ class Scheduler:
         self.order = order if order is not None else Fcfs()
         self._ranking = OrderRanking(self.order, config.block_size)
         self._book = Book(config, self._ranking)
-        self.swaps = Swaps(self._book, self.memory, host, traits.host)
+        self.swaps = Swaps(self._book, self.memory, host, traits)
         self._flights: deque[Flight] = deque()
         self._planner = Planner(self._book, self.memory, self.swaps, policy)
         self._lifecycle = Lifecycle(

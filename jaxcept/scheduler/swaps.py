@@ -12,16 +12,17 @@ from jaxcept.scheduler.book import Book
 from jaxcept.scheduler.host import HostMemory
 from jaxcept.scheduler.memory import ContextMemory
 from jaxcept.scheduler.plan import BlockMove, FailedMove, MoveKind, StepResult
-from jaxcept.scheduler.policy import HostUse
+from jaxcept.scheduler.policy import HostUse, Traits
 from jaxcept.scheduler.sequence import Load, Sequence
 
 
 class Swaps:
     """Owns the host part of every sequence and its way back; one swap budget a step for both directions."""
 
-    def __init__(self, book: Book, memory: ContextMemory, host: HostMemory, use: HostUse) -> None:
+    def __init__(self, book: Book, memory: ContextMemory, host: HostMemory, traits: Traits) -> None:
         self.host = host
-        self.use = use
+        self.use = traits.host
+        self._drops_partial_blocks = memory.config.enable_prefix_caching and not traits.swaps_partial_blocks
         self.loading: dict[int, Sequence] = {}
         self._book = book
         self._memory = memory
@@ -53,20 +54,15 @@ class Swaps:
     def swap_out(self, seq: Sequence, count: int) -> int:
         """The last `count` blocks of a context go to the host, as far as budget and memory reach; how many went.
 
-        Full blocks that the host has already cost nothing. A block that is partly filled is not sent where full ones
-        can be found by their content: its few tokens are computed again in one chunk with what the tool returns,
-        which is sooner than a copy. What follows a gap between the device's part and the host's stays: a context has
-        one head on the device and one tail on the host.
+        Full blocks that the host has already cost nothing. Where the policy says so, a block that is partly filled is
+        not sent: its few tokens are computed again in one chunk with what the tool returns, which is sooner than a
+        copy. What follows a gap between the device's part and the host's stays: a context has one head on the device
+        and one tail on the host.
         """
         if seq.host and seq.host_start != len(seq.blocks):
             return 0
         self._memory.register(seq)
-        if (
-            count
-            and self._memory.config.enable_prefix_caching
-            and seq.num_computed % self._size
-            and self._can_send(seq)
-        ):
+        if count and self._drops_partial_blocks and seq.num_computed % self._size and self._can_send(seq):
             self._memory.truncate(seq, len(seq.blocks) - 1)
             return 1 + (self.swap_out(seq, count - 1) if count > 1 else 0)
         sent: list[int] = []

@@ -17,24 +17,26 @@ NO_HOST = HostUse.NONE
 # An engine of 2023 frees at the call and queues the resumed request as a new one; one of today has a prefix cache
 # and, in some, a tier of it on the host, but knows no more of tools. A context that waits at its arrival's place, a
 # recompute in chunks, swaps behind the steps and a held short call are the steps of InferCept's ablation.
-_FACTORIES: dict[str, Callable[[Costs], Policy]] = {
-    "discard": lambda costs: Discard("discard", Traits(host=NO_HOST, prefix_caching=False, requeues_at_tail=True)),
-    "discard-ordered": lambda costs: Discard("discard-ordered", Traits(host=NO_HOST, prefix_caching=False)),
-    "chunked": lambda costs: Discard(
+_FACTORIES: dict[str, Callable[[Costs, int], Policy]] = {
+    "discard": lambda costs, block_size: Discard(
+        "discard", Traits(host=NO_HOST, prefix_caching=False, requeues_at_tail=True)
+    ),
+    "discard-ordered": lambda costs, block_size: Discard("discard-ordered", Traits(host=NO_HOST, prefix_caching=False)),
+    "chunked": lambda costs, block_size: Discard(
         "chunked", Traits(host=NO_HOST, prefix_caching=False, recompute_tokens=costs.saturation_tokens)
     ),
-    "budgeted-swap": BudgetedSwap,
-    "heuristic": Heuristic,
-    "min-waste-paper": lambda costs: MinWaste(
+    "budgeted-swap": lambda costs, block_size: BudgetedSwap(costs),
+    "heuristic": lambda costs, block_size: Heuristic(costs),
+    "min-waste-paper": lambda costs, block_size: MinWaste(
         costs, name="min-waste-paper", prefix_caching=False, spares=False, saturates=True
     ),
-    "preserve": lambda costs: Preserve(),
-    "swap": lambda costs: Swap(),
-    "prefix-lru": lambda costs: Discard("prefix-lru", Traits(host=NO_HOST, requeues_at_tail=True)),
-    "prefix-lru-offload": lambda costs: Discard(
+    "preserve": lambda costs, block_size: Preserve(),
+    "swap": lambda costs, block_size: Swap(),
+    "prefix-lru": lambda costs, block_size: Discard("prefix-lru", Traits(host=NO_HOST, requeues_at_tail=True)),
+    "prefix-lru-offload": lambda costs, block_size: Discard(
         "prefix-lru-offload", Traits(host=HostUse.CACHE, requeues_at_tail=True)
     ),
-    "ttl": Ttl,
+    "ttl": lambda costs, block_size: Ttl(costs),
     "min-waste": MinWaste,
 }
 POLICIES = tuple(_FACTORIES)
@@ -46,4 +48,4 @@ def make_policy(name: str, costs: Costs, block_size: int = 16) -> Policy:
     """A policy of its own. ValueError names those that there are."""
     if name not in _FACTORIES:
         raise ValueError(f"intercept policy {name!r}: expected one of {', '.join(POLICIES)}")
-    return _FACTORIES[name](costs)
+    return _FACTORIES[name](costs, block_size)

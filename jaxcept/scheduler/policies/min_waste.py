@@ -9,6 +9,8 @@ from jaxcept.scheduler.policies.base import PolicyBase, blocks_to_swap, hidden_b
 from jaxcept.scheduler.policy import BatchView, InterceptedView, Placement, Traits
 from jaxcept.scheduler.waste import chunked_discard_waste, num_chunks, preserve_waste
 
+COSTLY_SHARE = 0.2  # of the shortest step, by which a block of tokens may prolong it and still count as little
+
 
 class MinWaste(PolicyBase):
     """Swaps what would waste most, as far as the copies hide behind the step; the rest is held or given up.
@@ -18,14 +20,17 @@ class MinWaste(PolicyBase):
     giving up others frees nothing, so they stay, and a context without any of its own wastes nothing.
 
     With the prefix cache, what went out stays findable on the device until its block is needed, so that an early swap
-    costs a tool that is back soon nothing. Two more departures from the paper, each of which can be turned off: while
-    nobody waits for memory, giving up frees what nobody wants, so contexts are held (`spares`); and what is recomputed
-    or returned takes the step's whole token budget rather than S - decodes tokens (`saturates`).
+    costs a tool that is back soon nothing. A block that is partly filled has no name in the cache; it is recomputed
+    where that adds little to a step, as on a GPU, and swapped where every token counts, as on a CPU. Two departures
+    from the paper can be turned off: while nobody waits for memory, giving up frees what nobody wants, so contexts are
+    held (`spares`); and what is recomputed or returned takes the step's whole token budget rather than S - decodes
+    tokens (`saturates`).
     """
 
     def __init__(
         self,
         costs: Costs,
+        block_size: int = 16,
         *,
         name: str = "min-waste",
         prefix_caching: bool = True,
@@ -33,7 +38,11 @@ class MinWaste(PolicyBase):
         saturates: bool = False,
     ) -> None:
         limit = costs.saturation_tokens if saturates else None
-        super().__init__(name, Traits(prefix_caching=prefix_caching, recompute_tokens=limit))
+        extra_s = costs.forward_s(block_size) - costs.forward_s(1)
+        is_costly = extra_s > COSTLY_SHARE * costs.forward_s(1)
+        swaps_partial = is_costly or not prefix_caching
+        traits = Traits(prefix_caching=prefix_caching, recompute_tokens=limit, swaps_partial_blocks=swaps_partial)
+        super().__init__(name, traits)
         self.costs = costs
         self.spares = spares
 
