@@ -312,7 +312,8 @@ def test_a_block_corrupted_on_either_way_is_told_on_the_way_in(rig: Rig, corrupt
 def test_a_plan_that_waits_is_over_when_it_is_submitted(rig: Rig) -> None:
     rig.submit(*((MoveKind.SWAP_OUT, i, i) for i in range(40)), waits=True)
     assert not rig.swapper.is_busy and rig.swapper.report() == (0, None, ())
-    rig.submit((MoveKind.SWAP_IN, 0, 41), waits=True)
+    # From the last of the parts in which the blocks went as well as from the first.
+    rig.submit((MoveKind.SWAP_IN, 0, 41), (MoveKind.SWAP_IN, 39, 42), waits=True)
     assert not rig.swapper.is_busy and rig.swapper.report() == (0, 1, ())
 
 

@@ -141,7 +141,7 @@ class Swapper:
     # A plan's moves, in the order of MoveKind.
 
     def swap_out(self, step_id: int, pool: KVPool, moves: Sequence[BlockMove], waits: bool = False) -> None:
-        """Starts the plan's swaps out; the pool may be written to afterwards. `waits`: part by part, to the end."""
+        """Starts the plan's swaps out; the pool may be written to afterwards. `waits`: until they are over."""
         if not moves:
             return
         outs = _Outs(step_id)
@@ -160,8 +160,8 @@ class Swapper:
             outs.pending.extend(zip(part, blocks, strict=True))
             for move, block in zip(part, blocks, strict=True):
                 self.host.put(move.dst, block)
-            if waits:
-                self.finish(step_id)
+        if waits:
+            self.finish(step_id)
 
     def land(self, pool: KVPool, moves: Sequence[BlockMove]) -> KVPool:
         """The pool, which is donated, with the staged blocks in their places."""
