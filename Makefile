@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format bench setup clean
+.PHONY: demo test lint format bench check-gpu-offline setup clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -22,6 +22,9 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/throughput.py
+
+check-gpu-offline:
+	$(PYTHON) benchmarks/check_gpu_offline.py
 
 setup: $(STAMP)
 

@@ -1,0 +1,192 @@
+"""What a compiled program tells of itself without a GPU: read from XLA's and ptxas's texts, judged, and laid out.
+
+Standard library alone, so that the judgement itself is tested everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+MAX_ALL_REDUCES_PER_LAYER = 2
+# Kernels that XLA writes, by the beginning of their names, and the bytes that each may spill. Its sort (for the most
+# likely tokens, where a request wants log-probabilities) keeps one register too many on sm_90; nothing here tunes it.
+ACCEPTED_SPILLS = {"sort": 8}
+
+# What may name an array as large as the pool without touching every byte of it.
+_IN_PLACE = {
+    *("parameter", "tuple", "get-tuple-element", "bitcast", "reshape", "optimization-barrier"),
+    *("scatter", "dynamic-update-slice", "fusion", "custom-call", "while", "call", "conditional"),
+}
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r"(?:^|[\s)}])([a-z][a-z0-9\-]*)\(")
+_ARRAY = re.compile(r"\b[a-z]+\d*\w*\[([\d,]*)\]")
+_PTXAS_KERNEL = re.compile(r"Compiling entry function '([^']+)'")
+_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+_STATIC_SHARED = re.compile(r"(\d+) bytes smem")
+_LAUNCH = re.compile(r"(\S+) grid: \[[^]]*\] threads: \[[^]]*\] +shared_memory: (\d+) bytes")
+
+
+class Target(NamedTuple):
+    """A kind of GPU, from its description in XLA's text format."""
+
+    name: str
+    architecture: str  # sm_80
+    memory_bytes: int
+    shared_limit: int  # bytes that a block of threads can have
+
+
+class Kernel(NamedTuple):
+    """One kernel as ptxas compiled it."""
+
+    name: str
+    registers: int
+    spill_bytes: int  # stores and loads
+    shared_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One executable on one target. Bytes are those of one device."""
+
+    jax: str
+    target: str
+    model: str
+    what: str
+    num_layers: int
+    num_devices: int
+    compile_s: float
+    memory_bytes: int  # of the device
+    shared_limit: int
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    temp_bytes: int
+    pool_bytes: int  # that must be aliased: 0 where the pool is only read, or absent
+    all_reduces: int
+    pool_copies: tuple[str, ...]  # instructions
+    kernels: tuple[Kernel, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Arguments, results and temporaries, those in one place counted once."""
+        return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
+
+
+def read_target(name: str, text: str) -> Target:
+    """The limits in a GPU's description. ValueError where one is absent."""
+
+    def field(key: str) -> int:
+        found = re.search(rf"\b{key}: (\d+)", text)
+        if found is None:
+            raise ValueError(f"target {name}: the description has no {key}")
+        return int(found[1])
+
+    architecture = f"sm_{field('major')}{field('minor')}"
+    return Target(name, architecture, field("device_memory_size"), field("shared_memory_per_block_optin"))
+
+
+def pool_copies(hlo: str, pool_elements: int) -> tuple[str, ...]:
+    """Instructions whose result has as many elements as the pool's K and that write all of it anew."""
+    found = []
+    for line in hlo.splitlines():
+        match = _INSTRUCTION.match(line)
+        if match is None:
+            continue
+        opcode = _OPCODE.search(match[2])
+        if opcode is None or opcode[1].removesuffix("-done") in _IN_PLACE:
+            continue
+        sizes = [math.prod(map(int, dims.split(","))) for dims in _ARRAY.findall(match[2][: opcode.start(1)]) if dims]
+        if max(sizes, default=0) >= pool_elements:
+            found.append(f"{opcode[1]} {match[1]}")
+    return tuple(found)
+
+
+def count_all_reduces(hlo: str) -> int:
+    """All-reduces in a program's text, each started once."""
+    return len(re.findall(r" all-reduce(?:-start)?\(", hlo))
+
+
+def read_kernels(ptxas: str, launches: str) -> tuple[Kernel, ...]:
+    """Kernels from what `ptxas -v` prints and, for the shared memory given at launch, from XLA's list of thunks."""
+    dynamic: dict[str, int] = {}
+    for name, shared in _LAUNCH.findall(launches):
+        dynamic[name] = max(dynamic.get(name, 0), int(shared))
+    kernels = []
+    parts = _PTXAS_KERNEL.split(ptxas)[1:]
+    for name, text in zip(parts[::2], parts[1::2], strict=True):
+        registers, spills = _REGISTERS.search(text), _SPILLS.search(text)
+        if registers is None or spills is None:
+            raise ValueError(f"kernel {name}: ptxas tells no registers or spills: {text.strip()!r}")
+        static = _STATIC_SHARED.search(text)
+        shared = dynamic.pop(name, 0) + (int(static[1]) if static else 0)
+        kernels.append(Kernel(name, int(registers[1]), int(spills[1]) + int(spills[2]), shared))
+    # A kernel that several fusions share has one entry in ptxas; the other names are known by their launches alone.
+    kernels += [Kernel(name, 0, 0, shared) for name, shared in dynamic.items() if shared]
+    return tuple(kernels)
+
+
+def accepted_spill(name: str) -> int:
+    """Bytes that a kernel of this name may spill."""
+    return max((size for start, size in ACCEPTED_SPILLS.items() if name.startswith(start)), default=0)
+
+
+def faults(program: Program) -> list[str]:
+    """What keeps a program from being served on its target, in words."""
+    found = [f"writes the KV pool anew: {copy}" for copy in program.pool_copies]
+    if program.alias_bytes < program.pool_bytes:
+        missing = program.pool_bytes - program.alias_bytes
+        found.append(f"{missing:,} of the KV pool's {program.pool_bytes:,} bytes are not aliased")
+    for kernel in program.kernels:
+        if kernel.spill_bytes > accepted_spill(kernel.name):
+            found.append(f"{kernel.name} spills {kernel.spill_bytes} bytes of registers")
+        if kernel.shared_bytes > program.shared_limit:
+            found.append(
+                f"{kernel.name} takes {kernel.shared_bytes:,} bytes of shared memory of {program.shared_limit:,}"
+            )
+    most = MAX_ALL_REDUCES_PER_LAYER * program.num_layers
+    if program.num_devices > 1 and program.all_reduces > most:
+        found.append(f"{program.all_reduces} all-reduces: expected at most {most}")
+    if program.peak_bytes > program.memory_bytes:
+        found.append(f"takes {program.peak_bytes:,} bytes of the device's {program.memory_bytes:,}")
+    where = f"jax {program.jax}, {program.target} x{program.num_devices}, {program.model}, {program.what}"
+    return [f"{where}: {fault}" for fault in found]
+
+
+def table(programs: Iterable[Program]) -> str:
+    """A Markdown table, one line for each program."""
+    heads = (
+        "jax", "target", "model", "layers", "program", "kernels", "most registers", "spills", "most shared",
+        "pool", "alias", "temp", "peak", "pool copies", "all-reduces", "compile",
+    )  # fmt: skip
+    rows = [heads, ("---",) * len(heads), *(_row(program) for program in programs)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _row(program: Program) -> Sequence[str]:
+    kernels = program.kernels
+    most = max(kernels, key=lambda kernel: kernel.registers, default=None)
+    shared = max((kernel.shared_bytes for kernel in kernels), default=0)
+    return (
+        program.jax,
+        program.target if program.num_devices == 1 else f"{program.num_devices} x {program.target}",
+        program.model,
+        str(program.num_layers),
+        program.what,
+        str(len(kernels)),
+        f"{most.registers} ({most.name})" if most else "-",
+        str(sum(kernel.spill_bytes for kernel in kernels)),
+        f"{shared:,}",
+        *(_mib(size) for size in (program.pool_bytes, program.alias_bytes, program.temp_bytes, program.peak_bytes)),
+        str(len(program.pool_copies)),
+        str(program.all_reduces),
+        f"{program.compile_s:.1f} s",
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
