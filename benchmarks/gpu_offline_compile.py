@@ -50,6 +50,8 @@ MAX_NUM_SEQS = 128  # a decode step's tokens
 MAX_NUM_BATCHED_TOKENS = 1024  # a mixed step's
 MEMORY_SHARE = 0.85  # of the device, for weights and KV pool
 AXIS = "heads"
+# From 0.11 on a dump holds the PTX only where an emitter is named.
+EVERY_EMITTER = {"xla_dump_emitter_re": ".*"} if jax.__version_info__ >= (0, 11) else {}
 
 MODELS = {
     "gpt-j-6b": ModelConfig(
@@ -133,7 +135,7 @@ def programs_of(name: str, num_layers: int | None, implementation: Implementatio
             continue
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as dump:
-            compiled = lower().compile(compiler_options={"xla_dump_to": dump})
+            compiled = lower().compile(compiler_options={"xla_dump_to": dump} | EVERY_EMITTER)
             compile_s = time.perf_counter() - start
             kernels = kernels_in(Path(dump))
         memory, hlo = compiled.memory_analysis(), compiled.as_text()

@@ -141,6 +141,8 @@ def faults(program: Program) -> list[str]:
     if program.alias_bytes < program.pool_bytes:
         missing = program.pool_bytes - program.alias_bytes
         found.append(f"{missing:,} of the KV pool's {program.pool_bytes:,} bytes are not aliased")
+    if not any(kernel.registers for kernel in program.kernels):
+        found.append("no kernel's registers were read: this jax hides them, so spills would not show")
     for kernel in program.kernels:
         if kernel.spill_bytes > accepted_spill(kernel.name):
             found.append(f"{kernel.name} spills {kernel.spill_bytes} bytes of registers")

@@ -114,6 +114,7 @@ def test_a_sound_program_has_no_faults():
     [
         ({"pool_copies": ("copy copy.1",)}, "copy.1"),
         ({"alias_bytes": 499, "output_bytes": 599}, "1 of the KV pool's 500 bytes"),
+        ({"kernels": (Kernel("attention", 0, 0, 64),)}, "no kernel's registers"),
         ({"kernels": (Kernel("attention", 255, 4, 0),)}, "attention spills 4 bytes"),
         ({"kernels": (Kernel("sort_1", 40, 12, 0),)}, "sort_1 spills 12 bytes"),
         ({"kernels": (Kernel("attention", 126, 0, 4353),)}, "4,353 bytes of shared memory"),
