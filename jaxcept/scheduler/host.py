@@ -39,6 +39,11 @@ class HostMemory:
         return host_block
 
     @property
+    def is_empty(self) -> bool:
+        """Whether no block holds anything, cached ones included."""
+        return self.pool.num_held == 0 and self.pool.num_cached == 0
+
+    @property
     def num_unsent(self) -> int:
         """Blocks that the next plan will send."""
         return len(self._outs)

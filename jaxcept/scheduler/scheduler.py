@@ -159,11 +159,14 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None where nothing can be computed until a result, an answer or a request comes in."""
         self._lifecycle.expire(now)
-        batch = self._batch_view(now)
-        self._ranking.batch = batch
-        self.swaps.begin_step(self._next_step_id, self.policy.swap_budget(batch))
-        self._place_contexts(batch)
-        planned = self._planner.plan(self._next_step_id, now, self.order.token_limit(batch))
+        token_limit = None
+        if self._book.intercepted or self._book.unplaced or self.swaps.is_in_use or not self.order.is_arrival:
+            batch = self._batch_view(now)
+            self._ranking.batch = batch
+            self.swaps.begin_step(self._next_step_id, self.policy.swap_budget(batch))
+            self._place_contexts(batch)
+            token_limit = self.order.token_limit(batch)
+        planned = self._planner.plan(self._next_step_id, now, token_limit)
         if planned is None:
             return None
         plan, flight = planned

@@ -45,6 +45,11 @@ class Swaps:
             self._request(seq)
 
     @property
+    def is_in_use(self) -> bool:
+        """Whether anything is on the host, or on its way; without, a step need not think of swaps."""
+        return bool(self.loading) or not self.host.is_empty or self.use is HostUse.CACHE
+
+    @property
     def budget_left(self) -> int | None:
         """Blocks that may still be moved in this step; None: any number."""
         return self._budget
@@ -96,7 +101,7 @@ class Swaps:
         if seq.host:
             self._drop_head(seq, len(seq.blocks) - seq.host_start)
         aligned = seq.num_computed == len(seq.blocks) * self._size
-        if seq.host or not aligned or self.use is HostUse.NONE or not self._memory.may_find(seq):
+        if seq.host or not aligned or self.host.is_empty or not self._memory.may_find(seq):
             return
         first, stop = len(seq.blocks), (len(seq.token_ids) - 1) // self._size
         if stop > first:
