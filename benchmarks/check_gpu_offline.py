@@ -15,7 +15,6 @@ import os
 import shutil
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -55,10 +54,7 @@ def make_environment(jax: str) -> Path:
         return python
     base = find_python(jax)
     print(f"{folder}: installing jax {jax} and its CUDA compiler (about 1.5 GB)", flush=True)
-    if Path(base) == Path(sys.executable):
-        venv.create(folder, with_pip=True)
-    else:
-        subprocess.run([base, "-m", "venv", str(folder)], check=True)
+    subprocess.run([base, "-m", "venv", str(folder)], check=True)
     pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     # Without dependencies: cuDNN, cuBLAS and the rest are for running.
     subprocess.run([*pip, "--no-deps", *(name.format(jax=jax) for name in COMPILER)], check=True)
