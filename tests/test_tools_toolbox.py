@@ -14,6 +14,7 @@ import pytest
 
 from jaxcept.tools.calls import MalformedCall, ToolCall, ToolResult
 from jaxcept.tools.definition import Tool, tool
+from jaxcept.tools.guard import ToolLimits
 from jaxcept.tools.toolbox import Toolbox
 
 
@@ -129,7 +130,7 @@ def test_a_late_answer_is_ignored_and_its_thread_is_replaced(is_async: bool) -> 
         release.set()
         time.sleep(0.05)
     assert [r.text for r in given] == ["error: Cancelled: the call was given up"]
-    assert not box._pending
+    assert not box.executor.num_pending
 
 
 def run_in(box: Toolbox, one: ToolCall, timeout_s: float | None = None) -> ToolResult:
@@ -167,9 +168,9 @@ def test_stuck_threads_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         texts = [run_in(box, call("hang"), 0.03).text for _ in range(3)]
         release.set()
         deadline = time.monotonic() + 5
-        while box._pool.num_written_off and time.monotonic() < deadline:
+        while box.executor.num_stuck and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert box._pool.num_written_off == 0
+        assert box.executor.num_stuck == 0
         assert run_in(box, call("hang")).text == "null"
     assert "no answer" in texts[1]
     assert "still running" in texts[2]
@@ -221,7 +222,7 @@ def test_the_toolbox_is_a_read_only_collection_in_order() -> None:
 
 
 def test_a_given_clock_stamps_the_result() -> None:
-    ticks = iter([10.0, 12.5])
+    ticks = iter([10.0, 10.0, 12.5, 12.5])  # the call and its run each begin and end
 
     def noop() -> None:
         pass
@@ -295,11 +296,11 @@ def test_many_calls_with_long_timeouts_leave_nothing_behind() -> None:
     def noop(i: int) -> int:
         return i
 
-    with Toolbox([noop], timeout_s=3600.0) as box:
+    with Toolbox([noop], limits=ToolLimits(timeout_s=3600.0)) as box:
 
         async def run_all() -> list[ToolResult]:
             return await asyncio.gather(*(box.call(call("noop", i=i)) for i in range(2000)))
 
         results = asyncio.run(run_all())
         assert [r.text for r in results] == [str(i) for i in range(2000)]
-        assert not box._pending
+        assert not box.executor.num_pending

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 
@@ -35,6 +36,23 @@ class MalformedCall:
 ParsedCall = ToolCall | MalformedCall
 
 
+class Outcome(StrEnum):
+    """How a call ended. FAILED and TIMEOUT say that the tool is broken, ERROR only that this call asked amiss."""
+
+    ANSWERED = "answered"
+    CACHED = "cached"
+    ERROR = "error"
+    FAILED = "failed"
+    TIMEOUT = "timeout"
+    CANCELLED = "cancelled"
+    REFUSED = "refused"  # it never ran: no such tool, wrong arguments, the tool's breaker is open
+
+    @property
+    def is_error(self) -> bool:
+        """Whether the model is told of an error."""
+        return self not in (Outcome.ANSWERED, Outcome.CACHED)
+
+
 @dataclass(frozen=True, slots=True)
 class ToolResult:
     """What came of a call, as text for the model. Times are in seconds of the toolbox's clock.
@@ -47,6 +65,7 @@ class ToolResult:
     is_error: bool
     started_s: float
     duration_s: float
+    outcome: Outcome = Outcome.ANSWERED
 
 
 MakeId = Callable[[], str]

@@ -23,7 +23,8 @@ class Tool:
     """A tool as the model sees it, and the function that answers, where there is one in this process.
 
     `parameters` is a JSON schema of type object. `function` None means that somebody outside answers. `timeout_s`
-    bounds one call, in seconds; None leaves it to the toolbox. A Tool is called like its function.
+    bounds one call, in seconds; None leaves it to the toolbox. `is_pure` says that equal arguments give equal answers
+    and that a call changes nothing, so that results may be shared and kept. A Tool is called like its function.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Tool:
     parameters: Mapping[str, Any]
     function: Callable[..., Any] | None = None
     timeout_s: float | None = None
+    is_pure: bool = False
     converts: Mapping[str, Convert] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -94,7 +96,7 @@ class Tool:
 def tool(function: Callable[..., Any], /) -> Tool: ...
 @overload
 def tool(
-    *, name: str | None = None, description: str | None = None, timeout_s: float | None = None
+    *, name: str | None = None, description: str | None = None, timeout_s: float | None = None, pure: bool = False
 ) -> Callable[[Callable[..., Any]], Tool]: ...
 def tool(
     function: Callable[..., Any] | None = None,
@@ -103,20 +105,21 @@ def tool(
     name: str | None = None,
     description: str | None = None,
     timeout_s: float | None = None,
+    pure: bool = False,
 ) -> Tool | Callable[[Callable[..., Any]], Tool]:
-    """Make a Tool of a typed function: `@tool`, or `@tool(name=…, description=…, timeout_s=…)`.
+    """Make a Tool of a typed function: `@tool`, or `@tool(name=…, description=…, timeout_s=…, pure=…)`.
 
     The schema comes from the type hints, the texts from the docstring (`Args:` sections or `:param x:` fields), what is
     required from the defaults. Raises TypeError, naming function and parameter, where a hint is missing or has no JSON
     schema, and for *args, **kwargs and positional-only parameters.
     """
     if function is None:
-        return lambda decorated: _make_tool(decorated, name, description, timeout_s)
-    return _make_tool(function, name, description, timeout_s)
+        return lambda decorated: _make_tool(decorated, name, description, timeout_s, pure)
+    return _make_tool(function, name, description, timeout_s, pure)
 
 
 def _make_tool(
-    function: Callable[..., Any], name: str | None, description: str | None, timeout_s: float | None
+    function: Callable[..., Any], name: str | None, description: str | None, timeout_s: float | None, is_pure: bool
 ) -> Tool:
     if not callable(function):
         raise TypeError(f"@tool: expected a function, got {function!r}")
@@ -150,6 +153,7 @@ def _make_tool(
         parameters={"type": "object", "properties": properties, "required": required},
         function=function,
         timeout_s=timeout_s,
+        is_pure=is_pure,
         converts=converts,
     )
 

@@ -7,8 +7,14 @@ from typing import Any
 
 import msgspec
 
+from jaxcept.tools.calls import Outcome
+
 MAX_OUTPUT_CHARS = 100_000
 MAX_ERROR_CHARS = 2_000
+
+
+class ToolError(Exception):
+    """Raised by a tool that works and cannot do what this call asks: its message goes to the model as it is."""
 
 
 def output_text(value: Any, max_chars: int = MAX_OUTPUT_CHARS) -> str:
@@ -29,13 +35,26 @@ def output_text(value: Any, max_chars: int = MAX_OUTPUT_CHARS) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    """An exception as text for the model: "error: TypeError: …"."""
+    """An exception as text for the model: "error: TypeError: …"; a ToolError without its type."""
     try:
         detail = str(error)
     except Exception as broken:  # an exception's own __str__ may raise, and the model is still owed an answer
         detail = f"(its message cannot be shown: {type(broken).__name__})"
+    if isinstance(error, ToolError) and detail:
+        return output_text(f"error: {detail}", MAX_ERROR_CHARS)
     name = "Cancelled" if isinstance(error, asyncio.CancelledError) else type(error).__name__
     return output_text(f"error: {name}: {detail}" if detail else f"error: {name}", MAX_ERROR_CHARS)
+
+
+def error_outcome(error: BaseException) -> Outcome:
+    """Whether an exception speaks of the call's arguments (ERROR) or of a tool that is broken (FAILED).
+
+    ToolError, ValueError, LookupError and ArithmeticError are what a function raises over its arguments; a model that
+    writes nonsense must not be able to take a tool away from everybody else.
+    """
+    return (
+        Outcome.ERROR if isinstance(error, ToolError | ValueError | LookupError | ArithmeticError) else Outcome.FAILED
+    )
 
 
 def _json_text(value: Any) -> str:
