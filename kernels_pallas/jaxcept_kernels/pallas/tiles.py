@@ -1,8 +1,15 @@
-"""Tile sizes of the attention kernel, as data per kind of device."""
+"""Tile sizes of the attention kernel, kept as data per kind of device in tiles.json."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+DATA = Path(__file__).with_name("tiles.json")
+DEFAULT_KIND = "default"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +46,48 @@ class AttentionTiles:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
 
 
-# Chosen by the register counts of offline compilations for sm_80 and sm_90, not by timings.
-DEFAULT = AttentionTiles(
-    decode=Tile(rows=16, keys=64, warps=4, stages=2),
-    prefill=Tile(rows=64, keys=64, warps=8, stages=2),
-    programs=216,
-)
-# Two programs for each multiprocessor: 108 on an A100, 132 on Hopper.
-BY_DEVICE_KIND = {
-    "NVIDIA A100-SXM4-40GB": DEFAULT,
-    "NVIDIA A100-SXM4-80GB": DEFAULT,
-    "NVIDIA H100 80GB HBM3": AttentionTiles(DEFAULT.decode, DEFAULT.prefill, programs=264),
-    "NVIDIA H200": AttentionTiles(DEFAULT.decode, DEFAULT.prefill, programs=264),
-}
+@dataclass(frozen=True, slots=True)
+class TileEntry:
+    """The sizes for a kind of device, and where they came from."""
+
+    tiles: AttentionTiles
+    source: str
+
+
+def read_tiles(path: Path = DATA) -> dict[str, TileEntry]:
+    """The data file by kind of device. ValueError that names what is wrong with it."""
+    entries = {}
+    for kind, fields in json.loads(path.read_text(encoding="utf-8")).items():
+        try:
+            decode, prefill = (Tile(**fields[name]) for name in ("decode", "prefill"))
+            tiles = AttentionTiles(decode, prefill, fields["programs"], fields["max_splits"])
+            entries[kind] = TileEntry(tiles, fields["source"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {kind!r}: {error}") from error
+    if DEFAULT_KIND not in entries:
+        raise ValueError(f"{path}: expected sizes for {DEFAULT_KIND!r}")
+    return entries
+
+
+def write_tiles(entries: Mapping[str, TileEntry], path: Path = DATA) -> None:
+    """Writes what `read_tiles` reads, a line per launch."""
+    blocks = []
+    for kind, entry in entries.items():
+        fields: dict[str, Any] = {"source": entry.source, **asdict(entry.tiles)}
+        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
+        blocks.append(f"  {json.dumps(kind)}: {{\n{lines}\n  }}")
+    path.write_text("{\n" + ",\n".join(blocks) + "\n}\n", encoding="utf-8")
+
+
+ENTRIES: Mapping[str, TileEntry] = read_tiles()
+
+
+def entry_for(device_kind: str, entries: Mapping[str, TileEntry] = ENTRIES) -> TileEntry:
+    """The entry with the longest name that the device's begins with, so that one covers a family; else the default."""
+    names = [name for name in entries if device_kind.startswith(name)]
+    return entries[max(names, key=len, default=DEFAULT_KIND)]
 
 
 def tiles_for(device_kind: str) -> AttentionTiles:
     """The sizes for a kind of device as JAX names it; the default for an unknown one."""
-    return BY_DEVICE_KIND.get(device_kind, DEFAULT)
+    return entry_for(device_kind).tiles
