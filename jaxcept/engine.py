@@ -10,7 +10,7 @@ from typing import Protocol
 from jaxcept.clock import Clock
 from jaxcept.metrics import Ledger
 from jaxcept.scheduler.costs import StepLoad
-from jaxcept.scheduler.events import Event, FinishReason
+from jaxcept.scheduler.events import Event, Finished, FinishReason
 from jaxcept.scheduler.plan import StepPlan, StepResult
 from jaxcept.scheduler.request import Request
 from jaxcept.scheduler.scheduler import Scheduler
@@ -95,6 +95,15 @@ class Engine:
         self._require_alive()
         return self.scheduler.add(request, self.clock.now())
 
+    def follow(self, target: int | str, request: Request) -> tuple[int, Finished]:
+        """A request that goes on with the context of an intercepted one. StateError or ValueError as Scheduler.follow
+        says."""
+        self._require_alive()
+        now = self.clock.now()
+        followed = self.scheduler.follow(target, request, now)
+        self._observe(now)
+        return followed
+
     def abort(self, request_id: str) -> bool:
         """Ends a request in whatever state; whether there was one. Its events come with the next step."""
         return self.end(request_id, FinishReason.ABORT)
@@ -111,6 +120,14 @@ class Engine:
         self._require_alive()
         now = self.clock.now()
         self.scheduler.resume(target, token_ids, now, interception)
+        self._observe(now)
+
+    def extend(self, target: int | str, token_ids: Sequence[int], interception: int | None = None) -> None:
+        """A piece of an answer, or of a prompt, of which more is to come. StateError or ValueError as Scheduler.extend
+        says."""
+        self._require_alive()
+        now = self.clock.now()
+        self.scheduler.extend(target, token_ids, now, interception)
         self._observe(now)
 
     def fail(self, target: int | str, token_ids: Sequence[int] | None = None, interception: int | None = None) -> None:

@@ -176,6 +176,12 @@ class Book:
             self.holders[seq.seq_id] = seq
             self.unplaced.append(seq)
 
+    def hand_over(self, seq: Sequence, family: Family) -> None:
+        """The sequence leaves its request, which must have no other, for another one."""
+        del self.families[seq.request.request_id]
+        self.families[family.request.request_id] = family
+        family.sequences.append(seq)
+
     def finish(self, seq: Sequence) -> None:
         """Any state → FINISHED; the sequence must hold no blocks."""
         assert not seq.blocks, f"sequence {seq.seq_id} finishes with blocks"

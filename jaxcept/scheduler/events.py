@@ -19,6 +19,7 @@ class FinishReason(StrEnum):
     ABORT = "abort"
     TOOL_TIMEOUT = "tool_timeout"
     TOOL_FAILED = "tool_failed"
+    CONTINUED = "continued"  # a later request took over the context
     TOOL_LIMIT = "tool_limit"  # one more interception than the request allows
     ERROR = "error"  # the device or the sequence's watcher failed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -64,6 +65,7 @@ class OpenInterception:
     context_tokens: int
     num_computed: int  # tokens whose KV was held when it began
     block_size: int = 1
+    deadline: float = math.inf  # when it times out
     ended_at: float | None = None
     outcome: Outcome = Outcome.ABORTED
     num_returned: int = 0

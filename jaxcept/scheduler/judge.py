@@ -33,7 +33,7 @@ def judge(seq: Sequence, token_id: int, max_len: int) -> End | Call | None:
     watcher = seq.watcher
     verdict = watcher.push(token_id) if watcher is not None else None
     ruling = _ruling(seq, token_id, verdict, max_len)
-    if isinstance(ruling, Call) and seq.num_interceptions >= seq.request.intercept.max_interceptions:
+    if isinstance(ruling, Call) and seq.num_interceptions - seq.num_foreign >= seq.request.intercept.max_interceptions:
         return End(FinishReason.TOOL_LIMIT)
     return ruling
 

@@ -16,11 +16,12 @@ from jaxcept.scheduler.judge import Call, End, judge
 from jaxcept.scheduler.memory import ContextMemory
 from jaxcept.scheduler.params import OnToolFailure
 from jaxcept.scheduler.planner import Flight
-from jaxcept.scheduler.sequence import SeqState, Sequence
+from jaxcept.scheduler.sequence import Family, SeqState, Sequence
 from jaxcept.scheduler.swaps import Swaps
 
 logger = logging.getLogger(__name__)
 
+MORE = "more"  # what an open sequence waits for
 REMEMBERED = 4096  # ended sequences and requests whose reason an error message can still name
 
 
@@ -43,7 +44,7 @@ class Lifecycle:
         self._requeues_at_tail = requeues_at_tail
         self._flights = flights
         self._estimator = estimator
-        self._deadlines: list[tuple[float, int, int]] = []  # a heap of (time, seq_id, interception)
+        self._deadlines: list[tuple[float, int]] = []  # a heap of (time, seq_id)
         self._ended: OrderedDict[int | str, FinishReason] = OrderedDict()  # by seq_id and by request_id
 
     def rule(self, seq: Sequence, token_id: int, now: float) -> None:
@@ -94,18 +95,24 @@ class Lifecycle:
             context_tokens=len(seq.token_ids),
             num_computed=seq.num_computed,
             block_size=self._config.block_size,
+            deadline=deadline,
         )
         self._book.intercept(seq)
         expected_s = seq.request.intercept.expected_s.get(call.tool)
         self._estimator.begin(seq.seq_id, call.tool, now, expected_s, call.actual_s)
         self._book.counters.interceptions += 1
-        heappush(self._deadlines, (deadline, seq.seq_id, index))
+        heappush(self._deadlines, (deadline, seq.seq_id))
         request_id = seq.request.request_id
         event = Intercepted(seq.seq_id, request_id, seq.index, call.tool, call.payload, index, now)
         self._book.events.append(event)
 
-    def give_back(self, seq: Sequence, token_ids: tuple[int, ...], outcome: Outcome, now: float) -> None:
-        """INTERCEPTED → WAITING with these ids appended, at the place of the original arrival."""
+    def give_back(
+        self, seq: Sequence, token_ids: tuple[int, ...], outcome: Outcome, now: float, is_open: bool = False
+    ) -> None:
+        """INTERCEPTED → WAITING with these ids appended, at the place of the original arrival.
+
+        `is_open` says that more is to come: the ids are computed, then the sequence is intercepted again.
+        """
         opened = seq.opened
         assert opened is not None, f"sequence {seq.seq_id} is intercepted without a record"
         opened.ended_at, opened.outcome, opened.num_returned = now, outcome, len(token_ids)
@@ -124,10 +131,36 @@ class Lifecycle:
         if seq.is_exhausted or len(seq.token_ids) >= self._config.max_len:
             self.finish(seq, FinishReason.LENGTH, now)
             return
+        seq.is_open = is_open
         seq.rearm(self._config.max_len)
         if self._requeues_at_tail:
             seq.key = (now, seq.seq_id)
         self._book.wait(seq, now)
+
+    def await_more(self, seq: Sequence, now: float) -> None:
+        """An open sequence has computed all that is known: INTERCEPTED; the token that its step drew is dropped."""
+        seq.num_pending -= 1
+        seq.num_foreign += 1
+        self.intercept(seq, Call(MORE), now)
+
+    def follow(self, seq: Sequence, family: Family, now: float) -> Finished:
+        """INTERCEPTED → WAITING for another request, whose prompt begins with all that the sequence has.
+
+        The request that ends so gives its Finished event; what it waited for is the first interception of the next.
+        """
+        opened = seq.opened
+        assert opened is not None, f"sequence {seq.seq_id} is intercepted without a record"
+        ended = _finished(seq, FinishReason.CONTINUED, now, None)
+        self._book.counters.finish(FinishReason.CONTINUED)
+        self._remember(seq.request.request_id, FinishReason.CONTINUED)
+        self._estimator.end(seq.seq_id, now, has_returned=True)
+        opened.index, opened.ended_at, opened.outcome = 0, now, Outcome.RETURNED
+        self._book.hand_over(seq, family)
+        seq.serve(family, now, self._config.max_len)
+        if self._requeues_at_tail:
+            seq.key = (now, seq.seq_id)
+        self._book.wait(seq, now)
+        return ended
 
     def fail(self, seq: Sequence, outcome: Outcome, reason: FinishReason, now: float) -> None:
         """An INTERCEPTED sequence whose tool failed: by its on_failure the model is told, or the sequence ends."""
@@ -146,15 +179,15 @@ class Lifecycle:
     def expire(self, now: float) -> None:
         """Fails the interceptions whose time is up."""
         while (deadline := self.next_deadline()) is not None and deadline <= now:
-            _, seq_id, _ = heappop(self._deadlines)
+            _, seq_id = heappop(self._deadlines)
             self.fail(self._book.intercepted[seq_id], Outcome.TIMEOUT, FinishReason.TOOL_TIMEOUT, now)
 
     def next_deadline(self) -> float | None:
         """When the next open interception times out, seconds."""
         while self._deadlines:
-            deadline, seq_id, index = self._deadlines[0]
+            deadline, seq_id = self._deadlines[0]
             seq = self._book.intercepted.get(seq_id)
-            if seq is not None and seq.opened is not None and seq.opened.index == index:
+            if seq is not None and seq.opened is not None and seq.opened.deadline == deadline:
                 return deadline
             heappop(self._deadlines)
         return None
@@ -207,7 +240,7 @@ class Lifecycle:
 
 def _finished(seq: Sequence, reason: FinishReason, now: float, stop_reason: int | str | None) -> Finished:
     timing = Timing(
-        arrival=seq.arrival,
+        arrival=seq.asked_at,
         first_scheduled_at=seq.first_scheduled_at,
         first_token_at=seq.first_token_at,
         finished_at=now,

@@ -17,7 +17,7 @@ class Request:
     `seed_base` stands in where `params.seed` is None: whoever composes draws it, the scheduler has no random source.
     `cache_salt` separates tenants: only requests with equal salts find each other's blocks. `watcher` makes the
     watcher of the completion with the given index. `arrival` (seconds of the engine's clock) is the time of `add`
-    where it is None.
+    where it is None. `is_open` says that the prompt goes on: it is computed as far as it is known, then intercepted.
     """
 
     request_id: str
@@ -29,10 +29,15 @@ class Request:
     seed_base: int = 0
     watcher: Callable[[int], Watcher] | None = None
     arrival: float | None = None
+    is_open: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_ids", tuple(self.prompt_ids))
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+        if self.is_open and self.params.n != 1:
+            raise ValueError(f"n={self.params.n}: expected 1 for a prompt that comes in pieces")
+        if self.is_open and self.params.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs: expected none for a prompt that comes in pieces")
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ out again at once.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from jaxcept.scheduler.check import check_all
 from jaxcept.scheduler.config import SchedulerConfig
 from jaxcept.scheduler.counters import Counters
 from jaxcept.scheduler.durations import DurationEstimator, Elapsed
-from jaxcept.scheduler.events import Event, FinishReason, PromptLogprobs, Tokens
+from jaxcept.scheduler.events import Event, Finished, FinishReason, PromptLogprobs, Tokens
 from jaxcept.scheduler.host import HostMemory
 from jaxcept.scheduler.interception import Outcome
 from jaxcept.scheduler.lifecycle import Lifecycle
@@ -85,6 +86,28 @@ class Scheduler:
             self._book.admit(seq, now)
         return tuple(seq.seq_id for seq in family.sequences)
 
+    def follow(self, target: int | str, request: Request, now: float) -> tuple[int, Finished]:
+        """A request that goes on with the context of an intercepted sequence, which leaves its own request.
+
+        The new prompt must begin with all ids that the sequence has. Returns the seq_id, which stays, and how the
+        earlier request ended, of which no event is told. The place in the queue is that of the original arrival. Raises
+        StateError where nothing is intercepted, ValueError where the request cannot go on from there; nothing has
+        changed then.
+        """
+        seq = self._lifecycle.intercepted(target)
+        if request.request_id in self._book.families:
+            raise ValueError(f"request_id={request.request_id!r}: expected one that no unfinished request has")
+        check_prompt(request.prompt_ids, self.config)
+        if request.params.n != 1 or len(seq.family.sequences) != 1:
+            raise ValueError(f"n={request.params.n}: expected one completion, for a context is taken over by one alone")
+        if request.params.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs: expected none, for most of the prompt is not computed again")
+        if request.cache_salt != seq.request.cache_salt:
+            raise StateError(f"{target!r} is unknown: expected a sequence that is intercepted")
+        if list(request.prompt_ids[: len(seq.token_ids)]) != seq.token_ids:
+            raise ValueError(f"prompt_ids: expected to begin with the {len(seq.token_ids)} ids of {target!r}")
+        return seq.seq_id, self._lifecycle.follow(seq, Family(request), now)
+
     def abort(self, request_id: str, now: float) -> bool:
         """Ends all sequences of a request, in whatever state; whether there were any."""
         return self.end(request_id, now, FinishReason.ABORT)
@@ -115,6 +138,17 @@ class Scheduler:
         """
         seq = self._lifecycle.intercepted(target, interception)
         self._lifecycle.give_back(seq, self._checked_return(seq, token_ids), Outcome.RETURNED, now)
+
+    def extend(self, target: int | str, token_ids: Seq[int], now: float, interception: int | None = None) -> None:
+        """A piece of a tool's answer, or of a prompt: it is computed, and the sequence is intercepted for the rest.
+
+        The last piece goes to `resume`. Raises like `resume`, and ValueError where there are no ids.
+        """
+        seq = self._lifecycle.intercepted(target, interception)
+        ids = self._checked_return(seq, token_ids)
+        if not ids:
+            raise ValueError("token_ids is empty: expected a piece of at least one id")
+        self._lifecycle.give_back(seq, ids, Outcome.RETURNED, now, is_open=True)
 
     def fail(
         self, target: int | str, now: float, token_ids: Seq[int] | None = None, interception: int | None = None
@@ -184,10 +218,13 @@ class Scheduler:
         self.swaps.settle(result)
         if result.prompt_logprobs:
             self._take_prompt_logprobs(plan, result)
-        for seq in flight.seqs[flight.num_decodes :]:
-            if seq.first_token_at is None:
-                seq.first_token_at = now
         seqs, seq_ids, token_ids = flight.seqs, flight.seq_ids, result.token_ids
+        for seq in seqs[flight.num_decodes :]:
+            if seq.is_open and seq.seq_id not in flight.dropped:
+                self._lifecycle.await_more(seq, now)
+                flight.dropped.add(seq.seq_id)
+            elif seq.first_token_at is None:
+                seq.first_token_at = now
         if flight.dropped:
             live = [i for i, seq_id in enumerate(seq_ids) if seq_id not in flight.dropped]
             self.counters.stale_tokens += len(seqs) - len(live)
@@ -324,6 +361,15 @@ class Scheduler:
     def num_unfinished(self) -> int:
         """Sequences in any state but FINISHED."""
         return len(self._book.sequences)
+
+    @property
+    def sequences(self) -> Mapping[int, Sequence]:
+        """The unfinished sequences by seq_id, for observers to read from the stepping thread."""
+        return self._book.sequences
+
+    def remaining_s(self, seq_id: int, now: float) -> float:
+        """Estimate of the seconds until the tool of an intercepted sequence returns."""
+        return self._estimator.remaining(seq_id, now)
 
     @property
     def num_held_blocks(self) -> int:

@@ -84,6 +84,7 @@ class Sequence:
 
     __slots__ = (
         "arrival",
+        "asked_at",
         "attention",
         "blocks",
         "chunk_start",
@@ -99,6 +100,7 @@ class Sequence:
         "index",
         "interceptions",
         "is_decoding",
+        "is_open",
         "is_overdue",
         "key",
         "last_position",
@@ -107,6 +109,7 @@ class Sequence:
         "num_cached",
         "num_computed",
         "num_exclusive",
+        "num_foreign",
         "num_pending",
         "num_preemptions",
         "num_prompt",
@@ -131,30 +134,17 @@ class Sequence:
     )
 
     def __init__(self, seq_id: int, index: int, family: Family, arrival: float, max_len: int) -> None:
-        request = family.request
         self.seq_id = seq_id
         self.index = index
-        self.family = family
-        self.request = request
         self.arrival = arrival
         self.key = (arrival, seq_id)
         self.queue_key: tuple[float, float, int] = (0.0, arrival, seq_id)  # (rank, *key): its place among the waiting
         self.queued_at = arrival
         self.is_overdue = False  # it has waited so long once that its rank counts no more
-        self.seed = request.seed(index)
-        self.watcher: Watcher | None = request.watcher(index) if request.watcher is not None else None
-        self.stop_ids = frozenset(request.stop_token_ids)
-        self.special_ids = self.stop_ids | frozenset(request.intercept.token_ids)
-
         self.state = SeqState.WAITING
         self.row: int | None = None
         self.is_decoding = False
-        self.token_ids = list(request.prompt_ids)
-        self.num_prompt = len(self.token_ids)
-        self.num_returned = 0
         self.num_pending = 0
-        self.spans: list[tuple[int, int]] = []  # runs of generated tokens, up to the last return
-        self.span_start = self.num_prompt  # where the current run begins
 
         self.blocks: list[int] = []
         self.num_computed = 0
@@ -170,14 +160,33 @@ class Sequence:
         self.chunk_step = -1  # the last step that computed a chunk of this sequence
         self.chunk_start = 0  # num_computed before it, 0 if it is the first one since the sequence took its row
 
-        self.interceptions: list[Interception] = []
         self.opened: OpenInterception | None = None
+        self.attention = 0
+        self.serve(family, arrival, max_len)
+
+    def serve(self, family: Family, asked_at: float, max_len: int) -> None:
+        """Takes what belongs to the request, of which nothing is generated yet: at the start, and where a later request
+        goes on with the context of an earlier one."""
+        request = family.request
+        self.family = family
+        self.request = request
+        self.asked_at = asked_at
+        self.seed = request.seed(self.index)
+        self.watcher: Watcher | None = request.watcher(self.index) if request.watcher is not None else None
+        self.stop_ids = frozenset(request.stop_token_ids)
+        self.special_ids = self.stop_ids | frozenset(request.intercept.token_ids)
+        self.token_ids = list(request.prompt_ids)
+        self.num_prompt = len(self.token_ids)
+        self.num_returned = 0
+        self.is_open = request.is_open  # more is to come before it generates
+        self.num_foreign = int(self.opened is not None)  # interceptions that no trigger of the request began
+        self.spans: list[tuple[int, int]] = []  # runs of generated tokens, up to the last return
+        self.span_start = self.num_prompt  # where the current run begins
+        self.interceptions: list[Interception] = []
         self.num_cached = 0
         self.num_preemptions = 0
         self.first_scheduled_at: float | None = None
         self.first_token_at: float | None = None
-
-        self.attention = 0
         self.rearm(max_len)
 
     def rearm(self, max_len: int) -> None:
@@ -194,14 +203,14 @@ class Sequence:
         trigger = self.next_script
         if trigger is not None:
             self.script_len = len(self.token_ids) + trigger.after_tokens
-        self.stop_len = min(stop_len, self.script_len)
+        self.stop_len = len(self.token_ids) + 1 if self.is_open else min(stop_len, self.script_len)
         self.last_position = self.stop_len - 1
 
     @property
     def next_script(self) -> ScriptedTrigger | None:
         """The scripted trigger that is armed."""
         script = self.request.intercept.script
-        count = self.num_interceptions
+        count = self.num_interceptions - self.num_foreign
         return script[count] if count < len(script) else None
 
     @property
