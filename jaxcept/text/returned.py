@@ -51,24 +51,29 @@ def returned_text(
     *,
     ended_turn: bool,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    then: Sequence[Message] = (),
     **kwargs: Any,
 ) -> str:
     """The text between what the model wrote and what it writes next, one result per call, as the template has it.
+
+    `then` are messages behind the results. With them there may be no results, and no calls.
 
     `ended_turn` says that the model's last token ended its turn; otherwise the text begins with what ends it. Nothing
     that the model wrote is in the text: a conversation with the calls is rendered and cut behind the last of them.
     Where the template knows no calls, the results are messages of their own: of the tool, or else of the user. Raises
     TemplateError where the template refuses all of these.
     """
-    if not calls or len(calls) != len(results):
+    if not (results or then) or (results and len(calls) != len(results)):
         raise ValueError(f"{len(calls)} calls and {len(results)} results: expected one result per call, at least one")
-    sentinel = _SENTINEL
-    while any(sentinel in result for result in results):
+    sentinel, shown_texts = _SENTINEL, repr([*results, *then])
+    while sentinel in shown_texts:
         sentinel += "x"
     words = [f"{sentinel}{i}z" for i in range(len(results))]
     settings = {"tools": tools, **kwargs}
     refusals: list[str] = []
-    for trial, probe in zip(_probes(calls, words, sentinel), _probes(calls, results, sentinel), strict=True):
+    for trial, probe in zip(
+        _probes(calls, words, then, sentinel), _probes(calls, results, then, sentinel), strict=True
+    ):
         try:
             ends = _ends(template, trial[:2], sentinel, settings)
             shown = _behind(template.render(trial, add_generation_prompt=True, **settings), sentinel)
@@ -84,28 +89,31 @@ def returned_text(
     raise TemplateError(f"the chat template renders no tool results, neither as the tool's nor as the user's{detail}")
 
 
-def _probes(calls: Sequence[CallLike], results: Sequence[str], sentinel: str) -> Iterator[list[Message]]:
-    """Conversations that end in the results, the most faithful first: calls as they are, with ids of nine letters and
-    digits (some templates take no others), one call a message (some take no more), text alone.
+def _probes(
+    calls: Sequence[CallLike], results: Sequence[str], then: Sequence[Message], sentinel: str
+) -> Iterator[list[Message]]:
+    """Conversations that end in the results and what follows, the most faithful first: calls as they are, with ids of
+    nine letters and digits (some templates take no others), one call a message (some take no more), text alone.
 
     The sentinel stands in the last call, or is the assistant's text.
     """
     user = {"role": "user", "content": "x"}
-    for shorten in (False, True):
+    for shorten in (False, True) if calls else ():
         ids = [_short_id(call.id) if shorten else call.id for call in calls]
         answers = [
             {"role": "tool", "tool_call_id": call_id, "name": call.name, "content": result}
-            for call_id, call, result in zip(ids, calls, results, strict=True)
+            for call_id, call, result in zip(ids, calls, results, strict=False)
         ]
         made = [
             {"id": call_id, "type": "function", "function": {"name": call.name, "arguments": {"probe": sentinel}}}
             for call_id, call in zip(ids, calls, strict=True)
         ]
-        yield [user, {"role": "assistant", "content": "", "tool_calls": made}, *answers]
-        yield [user, {"role": "assistant", "content": "", "tool_calls": made[-1:]}, *answers]
+        yield [user, {"role": "assistant", "content": "", "tool_calls": made}, *answers, *then]
+        yield [user, {"role": "assistant", "content": "", "tool_calls": made[-1:]}, *answers, *then]
     said = {"role": "assistant", "content": sentinel}
-    yield [user, said, *({"role": "tool", "content": result} for result in results)]
-    yield [user, said, {"role": "user", "content": "\n".join(results)}]
+    yield [user, said, *({"role": "tool", "content": result} for result in results), *then]
+    if results:
+        yield [user, said, {"role": "user", "content": "\n".join(results)}, *then]
 
 
 def _short_id(call_id: str) -> str:

@@ -145,6 +145,31 @@ class Tokenizer:
             text = returned_text(self.chat_template, calls, given, ended_turn=ended_turn, tools=tools, **kwargs)
         return self._continue(self.control.encode if is_marked else self._encode, _valid(text))
 
+    def encode_following(
+        self,
+        calls: Sequence[CallLike],
+        messages: Sequence[Message],
+        *,
+        ended_turn: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        """Ids that go on after a turn that the model wrote, in which it made these calls: of any messages behind it.
+
+        The results of the calls come first, in any order, one for each or none at all. Raises TemplateError, naming
+        the message at fault, or where the template cannot render them so.
+        """
+        template = self.chat_template
+        if template is None:
+            raise TemplateError("the model has no chat template; give a prompt as text, or a template")
+        plain = plain_messages(messages, template.takes_parts)
+        results, then = _split_results(calls, plain)
+        is_marked = self.control.is_changed([results, then])
+        if is_marked:
+            results, then = self.control.mark(results), [self.control.mark_message(message) for message in then]
+        text = returned_text(template, calls, results, ended_turn=ended_turn, tools=tools, then=then, **kwargs)
+        return self._continue(self.control.encode if is_marked else self._encode, _valid(text))
+
     def _encode(self, text: str) -> list[int]:
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
@@ -167,6 +192,23 @@ class Tokenizer:
     def _named_id(self, name: str) -> int | None:
         text = self.special_tokens.get(name)
         return None if text is None else self.token_id(text)
+
+
+def _split_results(
+    calls: Sequence[CallLike], messages: Sequence[Mapping[str, Any]]
+) -> tuple[list[str], list[Mapping[str, Any]]]:
+    """The results of the calls, in the order of the calls, and the messages behind them."""
+    count = next((i for i, message in enumerate(messages) if message["role"] != "tool"), len(messages))
+    given = {message.get("tool_call_id"): message for message in messages[:count]}
+    if count and (len(given) != count or set(given) != {call.id for call in calls}):
+        raise TemplateError(
+            f"messages: expected one tool message for each of the calls {[call.id for call in calls]}, got"
+            f" {[message.get('tool_call_id') for message in messages[:count]]}"
+        )
+    texts = [given[call.id].get("content") for call in calls] if count else []
+    if not all(isinstance(text, str) for text in texts):
+        raise TemplateError("messages: expected the content of a tool message to be text")
+    return [str(text) for text in texts], list(messages[count:])
 
 
 def _valid(text: str) -> str:
