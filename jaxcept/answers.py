@@ -39,11 +39,12 @@ class OpenTurn:
 
     def records(self) -> tuple[CallRecord, ...]:
         """The calls that have a result."""
-        return tuple(
-            CallRecord(result.call.name, dict(result.call.arguments), result.text, result.is_error, result.duration_s)
-            for result in self.results
-            if result is not None
-        )
+        return tuple(call_record(result) for result in self.results if result is not None)
+
+
+def call_record(result: ToolResult) -> CallRecord:
+    """A call and its answer, as a completion tells it."""
+    return CallRecord(result.call.name, dict(result.call.arguments), result.text, result.is_error, result.duration_s)
 
 
 def start_calls(turn: ToolTurn, toolbox: Toolbox, timeout_s: float, done: Callable[[int, ToolResult], None]) -> None:

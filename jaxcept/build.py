@@ -40,7 +40,8 @@ from jaxcept.text.stop import StopStrings
 from jaxcept.text.stream import StreamDecoder
 from jaxcept.text.tokenizer import Tokenizer
 from jaxcept.tools.parsers import ToolCallParser, detect_parser, make_parser
-from jaxcept.watcher import TextWatcher
+from jaxcept.tools.toolbox import Toolbox
+from jaxcept.watcher import Hold, TextWatcher
 from jaxcept_kernels.attention import Implementation
 from jaxcept_kernels.library import native_available
 from jaxcept_models.config import read_config
@@ -196,17 +197,18 @@ def describe_model(folder: str | Path) -> dict[str, str]:
 
 def watcher_factory(
     tokenizer: Tokenizer, parser_name: str | None
-) -> Callable[[SamplingParams, InterceptOptions, bool], TextWatcher]:
-    """Makes a sequence's watcher: (params, options, whether it has tools)."""
+) -> Callable[[SamplingParams, InterceptOptions, Toolbox | None], TextWatcher]:
+    """Makes a sequence's watcher: (params, options, its tools)."""
 
-    def make(params: SamplingParams, options: InterceptOptions, has_tools: bool) -> TextWatcher:
+    def make(params: SamplingParams, options: InterceptOptions, toolbox: Toolbox | None) -> TextWatcher:
         parser: ToolCallParser | None = None
-        if has_tools:
+        if toolbox is not None:
             if parser_name is None:
                 raise ValueError(
                     "tools are given, but the chat template shows no known format of tool calls; set tool_call_parser"
                 )
-            parser = make_parser(parser_name)
+            parser = make_parser(parser_name, options.make_id() if options.make_id is not None else None)
+        outside = frozenset(made.name for made in toolbox if made.function is None) if toolbox is not None else ()
         keep = tokenizer.ids_of(parser.markers) if parser is not None else ()
         return TextWatcher(
             StreamDecoder(tokenizer, params.skip_special_tokens, keep=keep, continues=True),
@@ -215,6 +217,7 @@ def watcher_factory(
             options.trigger,
             options.strings,
             params.min_tokens,
+            Hold(options.hold_s, frozenset(outside)) if options.hold_s is not None else None,
         )
 
     return make

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxcept.scheduler.plan import TokenLogprobs
+from jaxcept.watcher import ToolTurn
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +88,14 @@ class Delta:
 
     request_id: str
     index: int
-    kind: Literal["generated", "returned", "intercepted", "finished"]
+    kind: Literal["generated", "returned", "intercepted", "answered", "finished"]
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] | None = None
     trigger: str | None = None  # of an interception
+    turn: ToolTurn | None = None  # of an interception by tool calls, or by the end of a turn that is held
+    call_id: str | None = None  # of a tool that has answered
+    call: CallRecord | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     output: RequestOutput | None = None

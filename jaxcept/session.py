@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import logging
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from jaxcept.answers import OpenTurn, encode_answers, probe_call, start_calls
+from jaxcept.answers import OpenTurn, call_record, encode_answers, probe_call, start_calls
 from jaxcept.clock import Clock
 from jaxcept.engine import Engine
 from jaxcept.outputs import CompletionOutput, Delta, RequestOutput
 from jaxcept.scheduler.events import Event, Finished, FinishReason, Intercepted, PromptLogprobs, Returned, Tokens
+from jaxcept.scheduler.lifecycle import MORE
 from jaxcept.scheduler.params import InterceptParams, OnToolFailure, SamplingParams, ScriptedTrigger
 from jaxcept.scheduler.plan import TokenLogprobs
 from jaxcept.scheduler.request import Request
 from jaxcept.scheduler.scheduler import StateError
 from jaxcept.text.tokenizer import Tokenizer
-from jaxcept.tools.calls import ToolCall, ToolResult
+from jaxcept.tools.calls import MakeId, ToolCall, ToolResult
 from jaxcept.tools.definition import Tool
 from jaxcept.tools.toolbox import Toolbox
 from jaxcept.transcript import Transcript
@@ -42,6 +43,9 @@ class InterceptOptions:
     stop and returns the text to go on with; without one, somebody calls `resume`. `script` stops it by count, for
     traces. `timeout_s` bounds each stop, `max_interceptions` their number, `max_returned_tokens` what all of them may
     return (longer answers are cut); `on_failure`: "tell" the model what went wrong, or "fail" the completion.
+    `expected_s` hints at how long a tool takes, by its name. With `hold_s`, a completion whose model ends its turn, or
+    calls a tool that is answered outside, stays intercepted for so many seconds: a later request may go on with its
+    context (`Session.add(follows=…)`). `make_id` gives what names the calls of one completion.
     """
 
     trigger: CallTrigger = CallTrigger.TURN
@@ -53,13 +57,16 @@ class InterceptOptions:
     max_interceptions: int = 64
     max_returned_tokens: int | None = None
     on_failure: OnToolFailure = OnToolFailure.TELL
+    hold_s: float | None = None
+    expected_s: Mapping[str, float] = field(default_factory=dict)
+    make_id: Callable[[], MakeId] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trigger", CallTrigger(self.trigger))
         object.__setattr__(self, "on_failure", OnToolFailure(self.on_failure))
 
 
-MakeWatcher = Callable[[SamplingParams, InterceptOptions, bool], TextWatcher]
+MakeWatcher = Callable[[SamplingParams, InterceptOptions, Toolbox | None], TextWatcher]
 
 
 @dataclass(slots=True)
@@ -75,6 +82,7 @@ class _Record:
     turns: dict[int, OpenTurn] = field(default_factory=dict)  # by seq_id
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     num_cached: int = 0
+    num_followed: int = 0  # ids of the context that the request goes on with
 
 
 class Session:
@@ -97,6 +105,7 @@ class Session:
         self._records: dict[str, _Record] = {}
         self._by_seq: dict[int, _Record] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._deltas: list[Delta] = []  # since the last step
 
     # From the stepping thread.
 
@@ -110,15 +119,22 @@ class Session:
         options: InterceptOptions | None = None,
         cache_salt: str = "",
         add_special_tokens: bool = True,
+        follows: str | None = None,
+        is_open: bool = False,
     ) -> None:
-        """Queues a request. ValueError on a prompt or parameters that cannot be served; nothing is queued then."""
+        """Queues a request. ValueError on a prompt or parameters that cannot be served; nothing is queued then.
+
+        `follows` names a request whose completion is held: where the prompt begins with all of its ids, the request
+        goes on with its context; where it is gone, or does not fit, the request starts by itself. `is_open`: the prompt
+        goes on; `extend` and `resume` bring the rest.
+        """
         options = options if options is not None else InterceptOptions()
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenizer.encode(prompt, add_special_tokens) if isinstance(prompt, str) else prompt
         watchers: list[TextWatcher] = []
 
         def watch(_: int) -> TextWatcher:
-            watchers.append(self._make_watcher(params, options, toolbox is not None))
+            watchers.append(self._make_watcher(params, options, toolbox))
             return watchers[-1]
 
         request = Request(
@@ -131,21 +147,33 @@ class Session:
             seed_base=self._seed + self._num_added,
             watcher=watch,
             arrival=self._clock.now(),
+            is_open=is_open,
         )
-        seq_ids = self.engine.add(request)
+        followed = self._follow(follows, request) if follows is not None else None
+        seq_ids, num_followed = followed if followed is not None else (self.engine.add(request), 0)
         self._num_added += 1
         transcripts = {seq_id: Transcript(i, watchers[i]) for i, seq_id in enumerate(seq_ids)}
-        record = _Record(request, text, options, toolbox, transcripts)
+        record = _Record(request, text, options, toolbox, transcripts, num_followed=num_followed)
         self._records[request_id] = record
         self._by_seq |= dict.fromkeys(seq_ids, record)
+
+    def _follow(self, target: str, request: Request) -> tuple[tuple[int, ...], int] | None:
+        """Takes over the context of a request that is held; its seq_ids and ids, or None where that cannot be."""
+        try:
+            seq_id, ended = self.engine.follow(target, request)
+        except ValueError as error:
+            logger.debug("request %r does not go on with %r: %s", request.request_id, target, error)
+            return None
+        self._deltas += self._on_finished(ended)
+        return (seq_id,), len(ended.token_ids)
 
     def step(self) -> list[Delta]:
         """Reads the inbox, runs one step of the engine, starts the tools that were called."""
         while not self._inbox.empty():
             self._inbox.get_nowait()()
-        deltas: list[Delta] = []
         for event in self.engine.step():
-            self._handle(event, deltas)
+            self._handle(event, self._deltas)
+        deltas, self._deltas = self._deltas, []
         return deltas
 
     def wait(self, timeout_s: float) -> None:
@@ -189,11 +217,15 @@ class Session:
         token_ids: Sequence[int] | None = None,
         *,
         index: int = 0,
+        interception: int | None = None,
+        more: bool = False,
         on_done: Callable[[Exception | None], object] | None = None,
     ) -> None:
         """Goes on with an intercepted completion: the text, or the token ids, are appended to what it has.
 
-        `on_done` gets None, or the StateError or ValueError that says why the sequence cannot go on so.
+        With `more` they are only computed, and the completion is intercepted again for the rest. `interception`, where
+        given, must be the one that is open. `on_done` gets None, or the StateError or ValueError that says why the
+        sequence cannot go on so.
         """
         if (text is None) == (token_ids is None):
             raise ValueError("resume: expected either text or token_ids, and not both")
@@ -202,7 +234,8 @@ class Session:
             error: Exception | None = None
             try:
                 ids = self._encode_text(text) if text is not None else list(token_ids or ())
-                self.engine.resume(self._seq_id(request_id, index), ids)
+                go_on = self.engine.extend if more else self.engine.resume
+                go_on(self._seq_id(request_id, index), ids, interception)
             except (StateError, ValueError) as caught:
                 error = caught
             if on_done is not None:
@@ -245,9 +278,10 @@ class Session:
                 self.post(lambda: self._on_result(record, seq_id, interception, i, result))
 
             start_calls(turn, record.toolbox, record.options.timeout_s, done)
-        elif record.options.handler is not None:
+        elif record.options.handler is not None and event.tool != MORE:
             self._start_handler(record, record.options.handler, event)
-        return Delta(event.request_id, event.index, "intercepted", trigger=event.tool)
+        known = turn if isinstance(turn, ToolTurn) else None
+        return Delta(event.request_id, event.index, "intercepted", trigger=event.tool, turn=known)
 
     def _start_handler(self, record: _Record, handler: Callable[[str], str], event: Intercepted) -> None:
         text = record.transcripts[event.seq_id].since_return
@@ -265,6 +299,8 @@ class Session:
         if open_turn is None or open_turn.interception != interception:
             return  # the interception timed out, or the request was aborted, before the tool answered
         open_turn.results[i] = result
+        place = (record.request.request_id, record.transcripts[seq_id].index)
+        self._deltas.append(Delta(*place, "answered", call_id=result.call.id, call=call_record(result)))
         if not open_turn.is_complete:
             return
         record.transcripts[seq_id].calls[interception] = open_turn.records()
@@ -352,6 +388,7 @@ class Session:
             max_returned_tokens=options.max_returned_tokens,
             on_failure=options.on_failure,
             failure_ids=tuple(failure),
+            expected_s=options.expected_s,
         )
 
 
@@ -362,5 +399,11 @@ def _request_output(record: _Record) -> RequestOutput:
         prompt_token_ids=list(record.request.prompt_ids),
         outputs=sorted(record.outputs, key=lambda output: output.index),
         prompt_logprobs=[None, *record.prompt_logprobs] if record.prompt_logprobs is not None else None,
-        num_cached_tokens=record.num_cached,
+        num_cached_tokens=_num_cached(record),
     )
+
+
+def _num_cached(record: _Record) -> int:
+    """Prompt tokens that needed no computing: found in the prefix cache, or of the context that was gone on with."""
+    held = record.outputs[0].interceptions[:1] if record.num_followed else []
+    return max(record.num_cached, record.num_followed - held[0].num_recomputed) if held else record.num_cached

@@ -13,6 +13,8 @@ from jaxcept.text.stream import StreamDecoder
 from jaxcept.tools.calls import ParsedCall, ToolCall
 from jaxcept.tools.parsers import ToolCallParser
 
+NEXT_TURN = "user"  # what answers where the model ended its turn without a call
+
 
 class CallTrigger(StrEnum):
     """When tool calls in the stream intercept the sequence."""
@@ -23,10 +25,20 @@ class CallTrigger(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ToolTurn:
-    """The calls that stopped a sequence, and whether the model had already ended its turn."""
+    """The calls that stopped a sequence, none where it waits for the next turn, and whether the model had already ended
+    its turn."""
 
     calls: tuple[ParsedCall, ...]
     ended_turn: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """The sequence waits for a later request to go on with it, at most `seconds`: where the model ends its turn, and
+    where it calls a tool of these names, which somebody outside answers."""
+
+    seconds: float
+    outside: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +60,7 @@ class TextWatcher:
         trigger: CallTrigger = CallTrigger.TURN,
         intercept_strings: Sequence[str] = (),
         min_tokens: int = 0,
+        hold: Hold | None = None,
     ) -> None:
         self._decoder = decoder
         self._stops = stops
@@ -58,6 +71,7 @@ class TextWatcher:
         self._calls: list[ParsedCall] = []
         self._runs: deque[TextRun] = deque()
         self._tokens_before_stops = min_tokens
+        self._hold = hold
 
     def push(self, token_id: int) -> Verdict | None:
         """Takes a generated token; says whether the text it completes stops or intercepts the sequence."""
@@ -85,7 +99,9 @@ class TextWatcher:
         """The model generated a stop token: an interception if its turn holds tool calls."""
         if self._parser is not None:
             self._calls += self._parser.finish()
-        return self._tool_verdict(ended_turn=True) if self._calls else None
+        if self._calls:
+            return self._tool_verdict(ended_turn=True)
+        return Verdict("intercept", NEXT_TURN, ToolTurn((), True), self._hold.seconds) if self._hold else None
 
     def returned(self, token_ids: Sequence[int]) -> None:
         """Takes the tokens that a tool returned."""
@@ -118,4 +134,6 @@ class TextWatcher:
     def _tool_verdict(self, ended_turn: bool) -> Verdict:
         calls, self._calls = tuple(self._calls), []
         names = ", ".join(call.name if isinstance(call, ToolCall) else "malformed call" for call in calls)
-        return Verdict("intercept", names, ToolTurn(calls, ended_turn))
+        hold = self._hold
+        hold_s = hold.seconds if hold and any(call.name in hold.outside for call in calls) else None
+        return Verdict("intercept", names, ToolTurn(calls, ended_turn), hold_s)

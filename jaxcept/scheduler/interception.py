@@ -66,6 +66,7 @@ class OpenInterception:
     num_computed: int  # tokens whose KV was held when it began
     block_size: int = 1
     deadline: float = math.inf  # when it times out
+    is_hold: bool = False  # then the sequence ends, whatever the request's on_failure
     ended_at: float | None = None
     outcome: Outcome = Outcome.ABORTED
     num_returned: int = 0

@@ -22,6 +22,7 @@ class Call(NamedTuple):
     tool: str
     payload: object | None = None
     actual_s: float | None = None  # how long the tool takes, in a replay that knows it
+    hold_s: float | None = None  # the sequence ends if nothing comes so long
 
 
 def judge(seq: Sequence, token_id: int, max_len: int) -> End | Call | None:
@@ -33,14 +34,15 @@ def judge(seq: Sequence, token_id: int, max_len: int) -> End | Call | None:
     watcher = seq.watcher
     verdict = watcher.push(token_id) if watcher is not None else None
     ruling = _ruling(seq, token_id, verdict, max_len)
-    if isinstance(ruling, Call) and seq.num_interceptions - seq.num_foreign >= seq.request.intercept.max_interceptions:
+    is_bounded = isinstance(ruling, Call) and ruling.hold_s is None
+    if is_bounded and seq.num_interceptions - seq.num_foreign >= seq.request.intercept.max_interceptions:
         return End(FinishReason.TOOL_LIMIT)
     return ruling
 
 
 def _ruling(seq: Sequence, token_id: int, verdict: Verdict | None, max_len: int) -> End | Call | None:
     request = seq.request
-    call = Call(verdict.reason, verdict.payload) if verdict is not None and verdict.kind == "intercept" else None
+    call = _call(verdict) if verdict is not None and verdict.kind == "intercept" else None
     may_stop = seq.num_output >= request.params.min_tokens
     if token_id in request.intercept.token_ids:
         return call or Call(f"token:{token_id}")
@@ -60,7 +62,11 @@ def _ruling(seq: Sequence, token_id: int, verdict: Verdict | None, max_len: int)
 def _end_of_turn(seq: Sequence, token_id: int) -> End | Call:
     verdict = seq.watcher.end_of_turn() if seq.watcher is not None else None
     if verdict is not None and verdict.kind == "intercept":
-        return Call(verdict.reason, verdict.payload)
+        return _call(verdict)
     if verdict is not None:
         return End(FinishReason.STOP, verdict.reason)
     return End(FinishReason.STOP, token_id if token_id in seq.request.params.stop_token_ids else None)
+
+
+def _call(verdict: Verdict) -> Call:
+    return Call(verdict.reason, verdict.payload, hold_s=verdict.hold_s)

@@ -86,7 +86,7 @@ class Lifecycle:
         self._drop_pending(seq)
         self._memory.truncate(seq, self._config.blocks_for(seq.num_computed))  # stale tokens may have grown it
         index = seq.num_interceptions
-        deadline = now + seq.request.intercept.timeout_s
+        deadline = now + (seq.request.intercept.timeout_s if call.hold_s is None else call.hold_s)
         seq.opened = OpenInterception(
             index=index,
             tool=call.tool,
@@ -96,6 +96,7 @@ class Lifecycle:
             num_computed=seq.num_computed,
             block_size=self._config.block_size,
             deadline=deadline,
+            is_hold=call.hold_s is not None,
         )
         self._book.intercept(seq)
         expected_s = seq.request.intercept.expected_s.get(call.tool)
@@ -166,7 +167,7 @@ class Lifecycle:
         """An INTERCEPTED sequence whose tool failed: by its on_failure the model is told, or the sequence ends."""
         opened = seq.opened
         assert opened is not None, f"sequence {seq.seq_id} is intercepted without a record"
-        if seq.request.intercept.on_failure is OnToolFailure.TELL:
+        if seq.request.intercept.on_failure is OnToolFailure.TELL and not opened.is_hold:
             ids = seq.request.intercept.failure_ids
             if len(ids) <= self.room(seq):
                 self.give_back(seq, ids, outcome, now)

@@ -12,6 +12,7 @@ class Verdict(NamedTuple):
     kind: Literal["stop", "intercept"]
     reason: str  # the stop string that matched, or the tools that are called
     payload: object | None = None  # handed on in the Intercepted event: the parsed calls, say
+    hold_s: float | None = None  # an interception that ends its sequence if nothing comes so long; None: as requested
 
 
 class Watcher(Protocol):
