@@ -6,8 +6,10 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 Job = Callable[[], None]
 _CLOSE_WAIT_S = 2.0
 _IDLE_S = 30.0
@@ -97,6 +99,17 @@ class ThreadPool:
             Worker(self, f"{self._name}-{self._threads}").start()
 
 
+def _copy_result(task: asyncio.Task[T], future: Future[T]) -> None:
+    if task.cancelled():
+        future.cancel()
+    elif future.set_running_or_notify_cancel():
+        error = task.exception()
+        if error is None:
+            future.set_result(task.result())
+        else:
+            future.set_exception(error)
+
+
 class LoopThread:
     """An asyncio event loop that runs in a daemon thread of its own, started at first use."""
 
@@ -118,6 +131,20 @@ class LoopThread:
                 self._thread.start()
             self._loop.call_soon_threadsafe(function, *args)
             return True
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine on the loop, from any thread; cancelling the future cancels it. Cancelled where closed."""
+        future: Future[T] = Future()
+
+        def start() -> None:
+            task = asyncio.ensure_future(coroutine)
+            future.add_done_callback(lambda _: self.call(task.cancel))
+            task.add_done_callback(lambda ended: _copy_result(ended, future))
+
+        if not self.call(start):
+            coroutine.close()
+            future.cancel()
+        return future
 
     def start_task(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Start a coroutine; to be called on the loop's own thread, by way of `call`."""
