@@ -6,9 +6,9 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxcept.build import build_session
 from jaxcept.config import EngineConfig
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 # How long the engine's thread sleeps where nothing can be computed and no message comes.
 _IDLE_S = 1.0
 
+T = TypeVar("T")
+
 
 class AsyncLLM:
     """Streams completions to coroutines. Construction blocks while the model loads and compiles.
@@ -35,7 +37,7 @@ class AsyncLLM:
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
         self.session: Session = build_session(EngineConfig(model=model, **options), lambda done, total, what: None)
-        self._listeners: dict[str, Callable[[Delta | Exception], None]] = {}
+        self._streams: dict[str, Stream] = {}  # by request_id; of the engine's thread
         self._count = 0
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="jaxcept-engine", daemon=True)
@@ -83,29 +85,107 @@ class AsyncLLM:
                 async for delta in stream:
                     yield delta
 
+    async def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str,
+        toolbox: Toolbox | None = None,
+        intercept: InterceptOptions | None = None,
+        cache_salt: str = "",
+        add_special_tokens: bool = True,
+        follows: str | None = None,
+        is_open: bool = False,
+    ) -> Stream:
+        """Queues one request, as Session.add does; returns once the engine has taken it.
+
+        Raises ValueError on what cannot be served, EngineDeadError when the device has failed.
+        """
+        if self._is_closed or not self._thread.is_alive():
+            raise EngineDeadError("the engine's thread has ended")
+        loop = asyncio.get_running_loop()
+        stream = Stream(self, request_id, params.n, loop)
+        taken: asyncio.Future[None] = loop.create_future()
+
+        def add() -> None:
+            try:
+                self.session.add(
+                    prompt,
+                    params,
+                    request_id=request_id,
+                    toolbox=toolbox,
+                    options=intercept,
+                    cache_salt=cache_salt,
+                    add_special_tokens=add_special_tokens,
+                    follows=follows,
+                    is_open=is_open,
+                )
+                self._streams[request_id] = stream
+                error = None
+            except Exception as caught:
+                error = caught
+            _call(loop, _settle, taken, error)
+
+        self.session.post(add)
+        try:
+            await taken
+        except asyncio.CancelledError:
+            self.session.post(lambda: self._abandon(request_id))
+            raise
+        return stream
+
     async def resume(
-        self, request_id: str, text: str | None = None, token_ids: Sequence[int] | None = None, *, index: int = 0
+        self,
+        request_id: str,
+        text: str | None = None,
+        token_ids: Sequence[int] | None = None,
+        *,
+        index: int = 0,
+        interception: int | None = None,
+        more: bool = False,
     ) -> None:
-        """Goes on with an intercepted completion. Raises StateError or ValueError where it cannot."""
+        """Goes on with an intercepted completion, as Session.resume does. Raises StateError or ValueError where it
+        cannot."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
-
-        def settle(error: Exception | None) -> None:
-            if done.done():
-                return
-            if error is None:
-                done.set_result(None)
-            else:
-                done.set_exception(error)
-
         self.session.resume(
-            request_id, text, token_ids, index=index, on_done=lambda error: loop.call_soon_threadsafe(settle, error)
+            request_id,
+            text,
+            token_ids,
+            index=index,
+            interception=interception,
+            more=more,
+            on_done=lambda error: _call(loop, _settle, done, error),
         )
         await done
 
     def abort(self, request_id: str) -> None:
         """Ends a request in whatever state it is; its stream gets the finish."""
         self.session.abort(request_id)
+
+    async def ask(self, question: Callable[[Session], T]) -> T:
+        """What a function of the session gives, called by the thread that owns it between two steps."""
+        if self._is_closed or not self._thread.is_alive():
+            raise EngineDeadError("the engine's thread has ended")
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
+
+        def call() -> None:
+            try:
+                value = question(self.session)
+            except Exception as error:
+                _call(loop, _settle, answer, error)
+                return
+            _call(loop, _settle, answer, None, value)
+
+        self.session.post(call)
+        return await answer
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine's thread is at work."""
+        return self._thread.is_alive() and not self._is_closed and not self.session.engine.is_dead
 
     def close(self) -> None:
         """Aborts everything and ends the engine's thread."""
@@ -122,44 +202,26 @@ class AsyncLLM:
         request_id: str | None,
         cache_salt: str,
     ) -> AsyncGenerator[Delta, None]:
-        if self._is_closed or not self._thread.is_alive():
-            raise EngineDeadError("the engine's thread has ended")
-        chosen = params or SamplingParams()
         if request_id is None:
             self._count += 1
             request_id = f"async-{self._count}"
-        own_id = request_id
-        loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Delta | Exception]()
+        stream = await self.submit(
+            prompt,
+            params or SamplingParams(),
+            request_id=request_id,
+            toolbox=toolbox,
+            intercept=intercept,
+            cache_salt=cache_salt,
+        )
+        with closing(stream):
+            async for delta in stream:
+                yield delta
 
-        def listen(item: Delta | Exception) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(arrived.put_nowait, item)
-
-        def add() -> None:
-            try:
-                self.session.add(
-                    prompt, chosen, request_id=own_id, toolbox=toolbox, options=intercept, cache_salt=cache_salt
-                )
-                self._listeners[own_id] = listen
-            except (ValueError, EngineDeadError) as error:
-                listen(error)
-
-        self.session.post(add)
-        unfinished = chosen.n
-        try:
-            while unfinished:
-                item = await arrived.get()
-                if isinstance(item, Exception):
-                    unfinished = 0
-                    raise item
-                unfinished -= item.kind == "finished"
-                yield item
-        finally:
-            if unfinished:
-                self.session.post(lambda: self._abandon(own_id))
+    def _forget(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
 
     def _abandon(self, request_id: str) -> None:
-        self._listeners[request_id] = lambda item: None
+        self._forget(request_id)
         self.session.abort_now(request_id)
 
     # The engine's thread.
@@ -176,14 +238,76 @@ class AsyncLLM:
         idle_s = self.session.idle_s() if self.session.has_work else _IDLE_S
         if idle_s > 0:
             self.session.wait(idle_s)
+        batches: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Delta]]] = {}
         for delta in self.session.step():
-            listener = self._listeners.get(delta.request_id)
-            if listener is not None:
-                listener(delta)
+            stream = self._streams.get(delta.request_id)
+            if stream is not None:
+                batches.setdefault(stream.loop, []).append((stream, delta))
             if delta.output is not None:
-                self._listeners.pop(delta.request_id, None)
+                self._streams.pop(delta.request_id, None)
+        for loop, batch in batches.items():
+            _call(loop, _deliver, batch)
 
     def _fail(self, error: Exception) -> None:
-        for listener in self._listeners.values():
-            listener(EngineDeadError(f"the engine's thread failed with {error!r}"))
-        self._listeners.clear()
+        for stream in self._streams.values():
+            _call(stream.loop, stream.put, EngineDeadError(f"the engine's thread failed with {error!r}"))
+        self._streams.clear()
+
+
+class Stream:
+    """What the steps add to one request, as they come. Whoever stops listening calls `close`, or `detach`."""
+
+    def __init__(self, llm: AsyncLLM, request_id: str, n: int, loop: asyncio.AbstractEventLoop) -> None:
+        self.request_id = request_id
+        self.loop = loop
+        self._llm = llm
+        self._num_unfinished = n
+        self._arrived: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+
+    def put(self, item: Delta | Exception) -> None:
+        """Hands an item on; in the event loop."""
+        self._arrived.put_nowait(item)
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self
+
+    async def __anext__(self) -> Delta:
+        if not self._num_unfinished:
+            raise StopAsyncIteration
+        item = await self._arrived.get()
+        if isinstance(item, Exception):
+            self._num_unfinished = 0
+            raise item
+        self._num_unfinished -= item.kind == "finished"
+        return item
+
+    def close(self) -> None:
+        """Aborts what is unfinished."""
+        if self._num_unfinished:
+            self._num_unfinished = 0
+            self._llm.session.post(lambda: self._llm._abandon(self.request_id))
+
+    def detach(self) -> None:
+        """Listens no more; the request stays as it is: held, for a later one to go on with it."""
+        self._num_unfinished = 0
+        self._llm.session.post(lambda: self._llm._forget(self.request_id))
+
+
+def _deliver(batch: list[tuple[Stream, Delta]]) -> None:
+    for stream, delta in batch:
+        stream.put(delta)
+
+
+def _settle(future: asyncio.Future[Any], error: Exception | None, value: Any = None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(value)
+    else:
+        future.set_exception(error)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:
+    """Calls a function in a loop of another thread; a loop that is closed hears nothing any more."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *args)
