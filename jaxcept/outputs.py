@@ -83,6 +83,21 @@ class RequestOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class Spent:
+    """What a completion took so far, beside its tokens.
+
+    `cached_tokens` of its prompt needed no computing. `held_token_s`: tokens that were on the device when it went on
+    after an interception, times the seconds of the interception, summed.
+    """
+
+    cached_tokens: int = 0
+    swapped_tokens: int = 0
+    recomputed_tokens: int = 0
+    intercepted_s: float = 0.0
+    held_token_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What one step added to one completion, for streaming. `output` comes with the request's last "finished"."""
 
@@ -94,6 +109,7 @@ class Delta:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     trigger: str | None = None  # of an interception
     turn: ToolTurn | None = None  # of an interception by tool calls, or by the end of a turn that is held
+    spent: Spent | None = None  # of an interception, and of a finish
     call_id: str | None = None  # of a tool that has answered
     call: CallRecord | None = None
     finish_reason: str | None = None

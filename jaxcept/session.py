@@ -14,15 +14,16 @@ from dataclasses import dataclass, field
 from jaxcept.answers import OpenTurn, call_record, encode_answers, probe_call, start_calls
 from jaxcept.clock import Clock
 from jaxcept.engine import Engine
-from jaxcept.outputs import CompletionOutput, Delta, RequestOutput
+from jaxcept.outputs import CompletionOutput, Delta, RequestOutput, Spent
 from jaxcept.scheduler.events import Event, Finished, FinishReason, Intercepted, PromptLogprobs, Returned, Tokens
+from jaxcept.scheduler.interception import Interception
 from jaxcept.scheduler.lifecycle import MORE
 from jaxcept.scheduler.params import InterceptParams, OnToolFailure, SamplingParams, ScriptedTrigger
 from jaxcept.scheduler.plan import TokenLogprobs
 from jaxcept.scheduler.request import Request
 from jaxcept.scheduler.scheduler import StateError
 from jaxcept.text.tokenizer import Tokenizer
-from jaxcept.tools.calls import MakeId, ToolCall, ToolResult
+from jaxcept.tools.calls import ToolCall, ToolResult
 from jaxcept.tools.definition import Tool
 from jaxcept.tools.toolbox import Toolbox
 from jaxcept.transcript import Transcript
@@ -45,7 +46,7 @@ class InterceptOptions:
     return (longer answers are cut); `on_failure`: "tell" the model what went wrong, or "fail" the completion.
     `expected_s` hints at how long a tool takes, by its name. With `hold_s`, a completion whose model ends its turn, or
     calls a tool that is answered outside, stays intercepted for so many seconds: a later request may go on with its
-    context (`Session.add(follows=…)`). `make_id` gives what names the calls of one completion.
+    context (`Session.add(follows=…)`).
     """
 
     trigger: CallTrigger = CallTrigger.TURN
@@ -59,7 +60,6 @@ class InterceptOptions:
     on_failure: OnToolFailure = OnToolFailure.TELL
     hold_s: float | None = None
     expected_s: Mapping[str, float] = field(default_factory=dict)
-    make_id: Callable[[], MakeId] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trigger", CallTrigger(self.trigger))
@@ -281,7 +281,8 @@ class Session:
         elif record.options.handler is not None and event.tool != MORE:
             self._start_handler(record, record.options.handler, event)
         known = turn if isinstance(turn, ToolTurn) else None
-        return Delta(event.request_id, event.index, "intercepted", trigger=event.tool, turn=known)
+        spent = _spent(record, event.num_cached, event.earlier)
+        return Delta(event.request_id, event.index, "intercepted", trigger=event.tool, turn=known, spent=spent)
 
     def _start_handler(self, record: _Record, handler: Callable[[str], str], event: Intercepted) -> None:
         text = record.transcripts[event.seq_id].since_return
@@ -344,7 +345,8 @@ class Session:
         record.turns.pop(event.seq_id, None)
         held_back, output = record.transcripts.pop(event.seq_id).finish(event)
         record.outputs.append(output)
-        record.num_cached = max(record.num_cached, event.num_cached)
+        spent = _spent(record, event.num_cached, event.interceptions)
+        record.num_cached = max(record.num_cached, spent.cached_tokens)
         request_output = None
         if not record.transcripts:
             del self._records[event.request_id]
@@ -357,6 +359,7 @@ class Session:
                 held_back,
                 finish_reason=event.reason.value,
                 stop_reason=event.stop_reason,
+                spent=spent,
                 output=request_output,
             )
         ]
@@ -399,11 +402,20 @@ def _request_output(record: _Record) -> RequestOutput:
         prompt_token_ids=list(record.request.prompt_ids),
         outputs=sorted(record.outputs, key=lambda output: output.index),
         prompt_logprobs=[None, *record.prompt_logprobs] if record.prompt_logprobs is not None else None,
-        num_cached_tokens=_num_cached(record),
+        num_cached_tokens=record.num_cached,
     )
 
 
-def _num_cached(record: _Record) -> int:
-    """Prompt tokens that needed no computing: found in the prefix cache, or of the context that was gone on with."""
-    held = record.outputs[0].interceptions[:1] if record.num_followed else []
-    return max(record.num_cached, record.num_followed - held[0].num_recomputed) if held else record.num_cached
+def _spent(record: _Record, num_cached: int, interceptions: Sequence[Interception]) -> Spent:
+    """What a sequence took; the first interception of one that goes on with a held context is that of the hold."""
+    held = interceptions[0] if record.num_followed and interceptions else None
+    if held is not None:
+        num_cached = max(num_cached, record.num_followed - held.num_recomputed)
+    kept = [max(0, each.context_tokens - each.num_recomputed - each.num_swapped) for each in interceptions]
+    return Spent(
+        cached_tokens=min(num_cached, len(record.request.prompt_ids) - 1),
+        swapped_tokens=sum(each.num_swapped for each in interceptions),
+        recomputed_tokens=sum(each.num_recomputed for each in interceptions),
+        intercepted_s=sum(each.duration_s for each in interceptions),
+        held_token_s=sum(tokens * each.duration_s for tokens, each in zip(kept, interceptions, strict=True)),
+    )

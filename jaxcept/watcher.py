@@ -135,5 +135,6 @@ class TextWatcher:
         calls, self._calls = tuple(self._calls), []
         names = ", ".join(call.name if isinstance(call, ToolCall) else "malformed call" for call in calls)
         hold = self._hold
-        hold_s = hold.seconds if hold and any(call.name in hold.outside for call in calls) else None
+        is_held = hold and any(isinstance(call, ToolCall) and call.name in hold.outside for call in calls)
+        hold_s = hold.seconds if hold and is_held else None
         return Verdict("intercept", names, ToolTurn(calls, ended_turn), hold_s)

@@ -53,6 +53,8 @@ class Intercepted:
     payload: object | None
     interception: int  # 0 for the sequence's first
     at: float
+    num_cached: int = 0  # prompt tokens found in the prefix cache
+    earlier: tuple[Interception, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

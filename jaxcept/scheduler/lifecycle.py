@@ -104,7 +104,10 @@ class Lifecycle:
         self._book.counters.interceptions += 1
         heappush(self._deadlines, (deadline, seq.seq_id))
         request_id = seq.request.request_id
-        event = Intercepted(seq.seq_id, request_id, seq.index, call.tool, call.payload, index, now)
+        earlier = tuple(seq.interceptions)
+        event = Intercepted(
+            seq.seq_id, request_id, seq.index, call.tool, call.payload, index, now, seq.num_cached, earlier
+        )
         self._book.events.append(event)
 
     def give_back(

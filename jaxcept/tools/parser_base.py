@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxcept.tools.call_json import CallTextError, guess_name, load_json, read_call
@@ -63,6 +63,11 @@ class MarkupParser:
         """Text that belongs to no call, as far as it is certain, since the last time."""
         content, self._content = "".join(self._content), []
         return content
+
+    @property
+    def open_body(self) -> Sequence[str]:
+        """The bracketed value of the call under way, in pieces, as far as it is read: empty where there is none."""
+        return self._body_text
 
     def _start(self, text: str, at: int) -> int:
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from jaxcept.tools.calls import MakeId, ParsedCall
@@ -18,6 +19,10 @@ class ToolCallParser(Protocol):
     @property
     def markers(self) -> tuple[str, ...]:
         """Texts that the parser needs to see, though the tokenizer may count them as special."""
+
+    @property
+    def open_body(self) -> Sequence[str]:
+        """The bracketed value of the call under way, in pieces, as far as it is read: empty where there is none."""
 
     def feed(self, text: str) -> list[ParsedCall]:
         """Take more text; the calls that it completes."""
