@@ -69,6 +69,9 @@ class InterceptOptions:
 MakeWatcher = Callable[[SamplingParams, InterceptOptions, Toolbox | None], TextWatcher]
 
 
+StepObserver = Callable[[Engine, Sequence[Event], float], object]  # called by the stepping thread after each step
+
+
 @dataclass(slots=True)
 class _Record:
     """The text side of one request."""
@@ -106,6 +109,7 @@ class Session:
         self._by_seq: dict[int, _Record] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._deltas: list[Delta] = []  # since the last step
+        self.observers: list[StepObserver] = []
 
     # From the stepping thread.
 
@@ -171,7 +175,10 @@ class Session:
         """Reads the inbox, runs one step of the engine, starts the tools that were called."""
         while not self._inbox.empty():
             self._inbox.get_nowait()()
-        for event in self.engine.step():
+        events = self.engine.step()
+        for observe in self.observers:
+            observe(self.engine, events, self._clock.now())
+        for event in events:
             self._handle(event, self._deltas)
         deltas, self._deltas = self._deltas, []
         return deltas
