@@ -159,9 +159,11 @@ def choose_parser(config: EngineConfig, tokenizer: Tokenizer) -> str | None:
 
 
 def choose_implementation(config: EngineConfig) -> Implementation:
-    """The CPU's own kernels where they can be built and the dtype is theirs, otherwise XLA."""
+    """On a CPU its own kernels, where they can be built and the dtype is theirs; on a GPU Pallas; otherwise XLA."""
     if config.implementation != "auto":
         return Implementation(config.implementation)
+    if jax.default_backend() == "gpu":
+        return Implementation.PALLAS
     is_native = on_cpu() and config.dtype in ("auto", "float32") and native_available()
     return Implementation.NATIVE if is_native else Implementation.XLA
 
@@ -207,7 +209,7 @@ def watcher_factory(
                 raise ValueError(
                     "tools are given, but the chat template shows no known format of tool calls; set tool_call_parser"
                 )
-            parser = make_parser(parser_name, options.make_id() if options.make_id is not None else None)
+            parser = make_parser(parser_name)
         outside = frozenset(made.name for made in toolbox if made.function is None) if toolbox is not None else ()
         keep = tokenizer.ids_of(parser.markers) if parser is not None else ()
         return TextWatcher(

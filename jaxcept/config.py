@@ -14,6 +14,7 @@ from jaxcept.scheduler.orders import ORDERS
 from jaxcept.scheduler.policies.catalog import POLICIES
 
 GIB = 1 << 30
+IMPLEMENTATIONS = ("auto", "xla", "native", "pallas")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +23,13 @@ class EngineConfig:
 
     model: a Hugging Face folder; None is the small model that jaxcept ships. max_model_len: tokens of the longest
     sequence, prompt, completion and returned tokens together. num_blocks: size of the KV pool; None takes
-    memory_utilization of a GPU's memory, or a share of a CPU's. implementation: "auto", "xla" or "native" (the CPU's
-    own kernels). tool_call_parser: "auto" reads it off the chat template. compilation_cache: folder of XLA's persistent
-    cache; "" is none. intercept_policy: where contexts wait for their tools. host_pool_gb: GiB of pinned host memory
-    where contexts may wait; None is 4 on a GPU and as much as the KV pool on a CPU, as far as the policy uses it.
-    queue_order: who is served first. duration_estimator: how long a tool will still take. cost_model: a file of
-    `jaxcept profile`; without one the engine measures itself once, for some seconds, and remembers.
+    memory_utilization of a GPU's memory, or a share of a CPU's. implementation: "auto", "xla", "native" (the CPU's own
+    kernels) or "pallas" (a GPU's; a CPU interprets them, for tests). tool_call_parser: "auto" reads it off the chat
+    template. compilation_cache: folder of XLA's persistent cache; "" is none. intercept_policy: where contexts wait for
+    their tools. host_pool_gb: GiB of pinned host memory where contexts may wait; None is 4 on a GPU and as much as the
+    KV pool on a CPU, as far as the policy uses it. queue_order: who is served first. duration_estimator: how long a
+    tool will still take. cost_model: a file of `jaxcept profile`; without one the engine measures itself once, for some
+    seconds, and remembers.
     """
 
     model: str | Path | None = None
@@ -57,6 +59,7 @@ class EngineConfig:
             ("intercept_policy", POLICIES),
             ("queue_order", ORDERS),
             ("duration_estimator", ESTIMATORS),
+            ("implementation", IMPLEMENTATIONS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}")

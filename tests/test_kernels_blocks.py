@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcept_kernels.attention import Implementation
 from jaxcept_kernels.blocks import (
     block_checksums,
     copy_blocks,
@@ -18,6 +19,7 @@ from jaxcept_kernels.blocks import (
 from jaxcept_kernels.layout import KVLayout, KVPool
 
 LAYOUT = KVLayout(3, 40, 4, 2, 8, jnp.dtype(jnp.float32))
+over_both = pytest.mark.parametrize("implementation", [Implementation.XLA, Implementation.PALLAS])
 
 
 def random_pool() -> KVPool:
@@ -34,48 +36,54 @@ def ids(*values: int) -> jax.Array:
     return jnp.asarray(values, jnp.int32)
 
 
-def test_gather_takes_every_layer_of_a_block_and_zeros_for_padding() -> None:
+@over_both
+def test_gather_takes_every_layer_of_a_block_and_zeros_for_padding(implementation: Implementation) -> None:
     pool = random_pool()
-    staging = gather_blocks(pool, LAYOUT, ids(7, 0, 39, 40, -1))
+    staging = gather_blocks(pool, LAYOUT, ids(7, 0, 39, 40, -1), implementation=implementation)
     for part, staged in zip(pool, staging, strict=True):
         assert staged.shape == (5, 3, 2, 4, 8)
         np.testing.assert_array_equal(staged[:3], np.moveaxis(by_layer(part)[:, [7, 0, 39]], 0, 1))
         assert not np.asarray(staged[3:]).any()
 
 
-def test_scatter_puts_blocks_back_and_drops_padding() -> None:
+@over_both
+def test_scatter_puts_blocks_back_and_drops_padding(implementation: Implementation) -> None:
     pool = random_pool()
     staging = KVPool(*(jnp.full((4, 3, 2, 4, 8), i + 1.0) for i in range(2)))
-    got = scatter_blocks(pool, LAYOUT, ids(5, 40, 2, -1), staging)
+    got = scatter_blocks(pool, LAYOUT, ids(5, 40, 2, -1), staging, implementation=implementation)
     for i, (part, before) in enumerate(zip(got, pool, strict=True)):
         want = by_layer(before)
         want[:, [5, 2]] = i + 1.0
         np.testing.assert_array_equal(by_layer(part), want)
 
 
-def test_a_round_trip_restores_a_block_elsewhere() -> None:
+@over_both
+def test_a_round_trip_restores_a_block_elsewhere(implementation: Implementation) -> None:
     pool = random_pool()
-    moved = scatter_blocks(pool, LAYOUT, ids(11, 30), gather_blocks(pool, LAYOUT, ids(3, 4)))
+    staging = gather_blocks(pool, LAYOUT, ids(3, 4), implementation=implementation)
+    moved = scatter_blocks(pool, LAYOUT, ids(11, 30), staging, implementation=implementation)
     np.testing.assert_array_equal(by_layer(moved.v)[:, [11, 30]], by_layer(pool.v)[:, [3, 4]])
 
 
-def test_copies_read_before_they_write_and_padding_is_dropped() -> None:
+@over_both
+def test_copies_read_before_they_write_and_padding_is_dropped(implementation: Implementation) -> None:
     pool = random_pool()
-    got = copy_blocks(pool, LAYOUT, ids(1, 2, 40, 9, -1), ids(2, 3, 5, 40, 6))
+    got = copy_blocks(pool, LAYOUT, ids(1, 2, 40, 9, -1), ids(2, 3, 5, 40, 6), implementation=implementation)
     for part, before in zip(got, pool, strict=True):
         want = by_layer(before)
         want[:, [2, 3]] = by_layer(before)[:, [1, 2]]
         np.testing.assert_array_equal(by_layer(part), want)
 
 
-def test_blocks_travel_one_by_one_with_their_checksums() -> None:
+@over_both
+def test_blocks_travel_one_by_one_with_their_checksums(implementation: Implementation) -> None:
     pool = random_pool()
-    blocks, checksums = gather_each(pool, LAYOUT, ids(7, 39, 40))
+    blocks, checksums = gather_each(pool, LAYOUT, ids(7, 39, 40), implementation=implementation)
     for block, index in zip(blocks[:2], (7, 39), strict=True):
         np.testing.assert_array_equal(block, [by_layer(part)[:, index] for part in pool])
     assert not np.asarray(blocks[2]).any()
     np.testing.assert_array_equal(checksums, block_checksums(jnp.stack(blocks)))
-    got = scatter_each(pool, LAYOUT, ids(40, 5, -1), blocks)
+    got = scatter_each(pool, LAYOUT, ids(40, 5, -1), blocks, implementation=implementation)
     for part, before in zip(got, pool, strict=True):
         want = by_layer(before)
         want[:, 5] = by_layer(before)[:, 39]

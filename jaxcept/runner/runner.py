@@ -97,7 +97,8 @@ class DeviceRunner:
         self._state: RowState = make_row_state(config.max_num_seqs, config.max_model_len, model.config.vocab_size)
         self.swapper: Swapper | None = None
         if config.num_host_blocks:
-            self.swapper = Swapper(self.layout, config.num_host_blocks, self._pool.k.sharding, link)
+            sharding = self._pool.k.sharding
+            self.swapper = Swapper(self.layout, config.num_host_blocks, sharding, link, model.implementation)
         self._in_flight: deque[_InFlight] = deque()
         self._step: dict[int, Executable] = {}
         self._sample: dict[tuple[int, Variant], Executable] = {}
@@ -171,7 +172,7 @@ class DeviceRunner:
             return jax.jit(set_row, donate_argnums=0).lower(state, int32(), int32(self.config.max_model_len), bias)
 
         def copy(pool: KVPool, ids: jax.Array) -> KVPool:
-            return copy_blocks(pool, self.layout, ids[0], ids[1])
+            return copy_blocks(pool, self.layout, ids[0], ids[1], implementation=self.model.implementation)
 
         def lower_copy() -> Any:
             return jax.jit(copy, donate_argnums=0).lower(pool, int32(2, COPIES_PER_CALL))

@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxcept.runner.host_pool import HostBlock, HostPool, Link, block_sharding, checksum_sharding, is_ready
 from jaxcept.scheduler.plan import BlockMove, FailedMove, MoveKind
+from jaxcept_kernels.attention import Implementation
 from jaxcept_kernels.blocks import block_checksums, gather_each, scatter_each
 from jaxcept_kernels.layout import KVLayout, KVPool
 
@@ -80,11 +81,19 @@ class Swapper:
     The pool may be sharded over its KV heads: each device then keeps its own heads' part in its own pinned memory.
     """
 
-    def __init__(self, layout: KVLayout, num_host_blocks: int, sharding: Sharding, link: Link | None = None) -> None:
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_host_blocks: int,
+        sharding: Sharding,
+        link: Link | None = None,
+        implementation: Implementation = Implementation.XLA,
+    ) -> None:
         """`sharding` is that of the pool's arrays. ValueError where it shards anything but the heads."""
         self.layout = layout
         self.host = HostPool(layout, num_host_blocks, block_sharding(sharding))
         self._pool_sharding = sharding
+        self._implementation = implementation
         self._link = link if link is not None else Link()
         self._outs: deque[_Outs] = deque()
         self._ins: deque[_Ins] = deque()
@@ -113,10 +122,10 @@ class Swapper:
             return jax.ShapeDtypeStruct((n,), jnp.int32, sharding=whole)
 
         def gather(pool: KVPool, block_ids: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
-            return gather_each(pool, layout, block_ids)
+            return gather_each(pool, layout, block_ids, implementation=self._implementation)
 
         def land(pool: KVPool, block_ids: jax.Array, blocks: tuple[jax.Array, ...]) -> KVPool:
-            return scatter_each(pool, layout, block_ids, blocks)
+            return scatter_each(pool, layout, block_ids, blocks, implementation=self._implementation)
 
         def check(blocks: tuple[jax.Array, ...]) -> jax.Array:
             return block_checksums(jnp.stack(blocks))

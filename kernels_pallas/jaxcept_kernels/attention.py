@@ -10,14 +10,20 @@ import numpy as np
 
 from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
 from jaxcept_kernels.library import native_available
+from jaxcept_kernels.pallas.ragged_attention import ragged_paged_attention
+from jaxcept_kernels.pallas.write_kv import write_kv_pallas
 from jaxcept_kernels.reference import TileConfig, paged_attention_xla, write_kv_xla
 
 
 class Implementation(StrEnum):
-    """Who computes. XLA runs everywhere and is the reference; NATIVE is the CPU's own code."""
+    """Who computes. XLA runs everywhere and is the reference; NATIVE is the CPU's own code, PALLAS that of NVIDIA GPUs.
+
+    A CPU interprets PALLAS: exact, and slow.
+    """
 
     XLA = "xla"
     NATIVE = "native"
+    PALLAS = "pallas"
 
 
 def write_kv(
@@ -35,6 +41,8 @@ def write_kv(
     In place where the pool is donated to the jitted step. `layer` is an int or an int32 scalar. NATIVE takes float32
     on a CPU that has a C++ compiler, and leaves the rest to XLA.
     """
+    if implementation is Implementation.PALLAS:
+        return write_kv_pallas(pool, k, v, meta, layout, layer)
     if implementation is Implementation.XLA or not can_run_native(pool.k, k, v):
         return write_kv_xla(pool, k, v, meta, layout, layer)
     shapes = [like(part) for part in pool]
@@ -56,10 +64,13 @@ def paged_attention(
 ) -> jax.Array:
     """Causal attention of each token over its sequence's context in the pool: [tokens, heads, head_dim], q's dtype.
 
-    Padding tokens give zeros. `layer` is an int or an int32 scalar; `tiles` matters to XLA alone. NATIVE takes float32
+    Padding tokens give zeros. `layer` is an int or an int32 scalar; `tiles` is XLA's, and PALLAS has the sizes that
+    are kept for the kind of device. NATIVE takes float32
     on a CPU that has a C++ compiler, and leaves the rest to XLA; a token's result there is the same bits whatever
     shares the batch, as a decode and as part of a prefill.
     """
+    if implementation is Implementation.PALLAS:
+        return ragged_paged_attention(q, pool, meta, layout, layer, scale=scale)
     if implementation is Implementation.XLA or not can_run_native(pool.k, q):
         return paged_attention_xla(q, pool, meta, layout, layer, scale=scale, tiles=tiles)
     call = jax.ffi.ffi_call("jaxcept_paged_attention", like(q))

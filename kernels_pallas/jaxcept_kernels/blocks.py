@@ -1,4 +1,7 @@
-"""Whole blocks of the pool: out to a staging array, in from one, and from one place to another."""
+"""Whole blocks of the pool: out to a staging array, in from one, and from one place to another.
+
+PALLAS moves them by kernels of its own, everything else by XLA; the results are the same bits.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,30 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxcept_kernels.attention import Implementation
 from jaxcept_kernels.layout import KVLayout, KVPool
+from jaxcept_kernels.pallas.blocks import (
+    copy_blocks_pallas,
+    gather_blocks_pallas,
+    gather_each_pallas,
+    scatter_blocks_pallas,
+    scatter_each_pallas,
+)
 
 
 def gather_blocks(
     pool: KVPool,
     layout: KVLayout,
     block_ids: jax.Array,  # [blocks] int32
+    *,
+    implementation: Implementation = Implementation.XLA,
 ) -> KVPool:
     """A copy of all layers of some blocks, each part [blocks, layers, kv_heads, block_size, head_dim].
 
     Ids out of range (padding) give zeros.
     """
+    if implementation is Implementation.PALLAS:
+        return gather_blocks_pallas(pool, layout, block_ids)
     rows = layer_rows(layout, block_ids)
     shape = (block_ids.shape[0], layout.num_layers, *layout.shape[1:])
 
@@ -33,8 +48,12 @@ def scatter_blocks(
     layout: KVLayout,
     block_ids: jax.Array,  # [blocks] int32, no id twice
     staging: KVPool,  # [blocks, layers, kv_heads, block_size, head_dim] each
+    *,
+    implementation: Implementation = Implementation.XLA,
 ) -> KVPool:
     """The pool with the staged blocks in their places; ids out of range (padding) are dropped. In place if donated."""
+    if implementation is Implementation.PALLAS:
+        return scatter_blocks_pallas(pool, layout, block_ids, staging)
     rows = layer_rows(layout, block_ids)
 
     def put(part: jax.Array, staged: jax.Array) -> jax.Array:
@@ -47,11 +66,16 @@ def gather_each(
     pool: KVPool,
     layout: KVLayout,
     block_ids: jax.Array,  # [blocks] int32
+    *,
+    implementation: Implementation = Implementation.XLA,
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
     """Every block as an array of its own, K before V: [2, layers, kv_heads, block_size, head_dim]; and their checksums.
 
     The checksums are those of `block_checksums`. Ids out of range (padding) give zeros.
     """
+    if implementation is Implementation.PALLAS:
+        each = gather_each_pallas(pool, layout, block_ids)
+        return each, block_checksums(jnp.stack(each))
     staging = gather_blocks(pool, layout, block_ids)
     blocks = jnp.stack([staging.k, staging.v], axis=1)
     return tuple(blocks[i] for i in range(block_ids.shape[0])), block_checksums(blocks)
@@ -62,8 +86,12 @@ def scatter_each(
     layout: KVLayout,
     block_ids: jax.Array,  # [blocks] int32, no id twice
     blocks: Sequence[jax.Array],  # of `gather_each`
+    *,
+    implementation: Implementation = Implementation.XLA,
 ) -> KVPool:
     """The pool with the blocks in their places; ids out of range (padding) are dropped. In place if donated."""
+    if implementation is Implementation.PALLAS:
+        return scatter_each_pallas(pool, layout, block_ids, blocks)
     staging = jnp.stack(blocks)
     return scatter_blocks(pool, layout, block_ids, KVPool(staging[:, 0], staging[:, 1]))
 
@@ -91,8 +119,12 @@ def copy_blocks(
     layout: KVLayout,
     src_ids: jax.Array,  # [blocks] int32
     dst_ids: jax.Array,  # [blocks] int32, no id twice
+    *,
+    implementation: Implementation = Implementation.XLA,
 ) -> KVPool:
     """The pool with blocks copied, all read before any is written. A pair with an id out of range is dropped."""
+    if implementation is Implementation.PALLAS:
+        return copy_blocks_pallas(pool, layout, src_ids, dst_ids)
     in_range = (src_ids >= 0) & (src_ids < layout.num_blocks)
     dst_ids = jnp.where(in_range, dst_ids, layout.num_blocks)
     return scatter_blocks(pool, layout, dst_ids, gather_blocks(pool, layout, src_ids))

@@ -14,7 +14,7 @@ from rich.table import Table
 
 import jaxcept
 from jaxcept.build import architectures, describe_model, profile_model
-from jaxcept.config import EngineConfig, shipped_model
+from jaxcept.config import IMPLEMENTATIONS, EngineConfig, shipped_model
 from jaxcept.llm import LLM
 from jaxcept.outputs import RequestOutput
 from jaxcept.scheduler.durations import ESTIMATORS
@@ -88,6 +88,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tokenizer", help="folder of the tokenizer (default: the model's)")
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     group.add_argument("--load-format", default="auto", choices=["auto", "dummy"])
+    group.add_argument("--implementation", default="auto", choices=IMPLEMENTATIONS, help="who computes attention")
     group.add_argument("--max-model-len", type=int)
     group.add_argument("--max-num-seqs", type=int)
     group.add_argument("--max-num-batched-tokens", type=int)
@@ -165,7 +166,8 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     names = (
         "tokenizer", "dtype", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
         "num_blocks", "memory_utilization", "enable_prefix_caching", "intercept_policy", "host_pool_gb", "queue_order",
-        "duration_estimator", "cost_model", "chat_template", "tool_call_parser", "seed",
+        "duration_estimator", "cost_model", "chat_template", "tool_call_parser", "implementation",
+        "seed",
     )  # fmt: skip
     return {name: getattr(args, name) for name in names}
 

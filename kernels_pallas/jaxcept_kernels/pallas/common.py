@@ -52,3 +52,10 @@ class Launch:
 def power_of_two(size: int, at_least: int = 1) -> int:
     """The least power of two that is no less than both numbers."""
     return max(at_least, 1 << (size - 1).bit_length())
+
+
+def device_kind() -> str:
+    """The kind of device that is traced for: that of the ambient mesh if there is one, else the default device's."""
+    meant = jax.sharding.get_abstract_mesh().abstract_device
+    kind: str = jax.devices()[0].device_kind if meant is None else meant.device_kind
+    return kind

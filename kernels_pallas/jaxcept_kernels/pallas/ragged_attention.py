@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
-from jaxcept_kernels.pallas.common import Launch, power_of_two
+from jaxcept_kernels.pallas.common import Launch, device_kind, power_of_two
 from jaxcept_kernels.pallas.tiles import AttentionTiles, Tile, tiles_for
 
 NEVER = -1e30  # a score that no key has; finite, so that differences of it stay numbers
@@ -74,7 +74,7 @@ def ragged_paged_attention(
         raise ValueError(f"window={window}: expected 1 or more keys, or None for no window")
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap={soft_cap}: expected more than 0, or None for no cap")
-    tiles = tiles or tiles_for(jax.devices()[0].device_kind)
+    tiles = tiles or tiles_for(device_kind())
     tokens, heads, _ = q.shape
     entries, columns = meta.block_tables.shape
     group = heads // layout.num_kv_heads

@@ -1,0 +1,89 @@
+"""The whole engine on the Pallas kernels, interpreted: steps, swaps and copies give the tokens that XLA gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from checkpoints import build_checkpoint
+from costs import HAND
+
+from jaxcept.build import build_engine, build_runner, choose_implementation
+from jaxcept.config import IMPLEMENTATIONS, EngineConfig
+from jaxcept.scheduler.events import Finished, Intercepted
+from jaxcept.scheduler.params import InterceptParams, SamplingParams, ScriptedTrigger
+from jaxcept.scheduler.refined_costs import RefinedCosts
+from jaxcept.scheduler.request import Request
+from jaxcept_kernels.attention import Implementation
+
+RETURNED = (11, 12, 13)
+PROMPTS = [tuple(int(i) for i in np.random.default_rng(9).integers(3, 150, n)) for n in (5, 21, 13)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_checkpoint("llama31", tmp_path_factory.mktemp("llama"))
+
+
+def run_engine(folder: Path, implementation: str) -> tuple[dict[tuple[str, int], tuple[int, ...]], int]:
+    """All ids of each completion with an interception whose context is swapped; and how many blocks came back."""
+    config = EngineConfig(
+        folder,
+        implementation=implementation,
+        intercept_policy="swap",
+        max_model_len=64,
+        max_num_seqs=4,
+        max_num_batched_tokens=8,
+        block_size=8,
+        num_blocks=24,
+        compilation_cache="",
+    )
+    runner = build_runner(config, lambda done, total, what: None)
+    assert runner.model.implementation == implementation
+    engine = build_engine(config, runner, RefinedCosts(HAND))
+    script = InterceptParams(script=(ScriptedTrigger(5),))
+    for index, prompt in enumerate(PROMPTS):
+        # The last has two completions: the second takes a copy of a block that they cannot share.
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, n=1 + (index == 2))
+        engine.add(Request(str(index), prompt, params, script))
+    finished: dict[tuple[str, int], tuple[int, ...]] = {}
+    waiting: list[int] = []
+    for _ in range(500):
+        for event in engine.step():
+            if isinstance(event, Finished):
+                finished[event.request_id, event.index] = event.token_ids
+            elif isinstance(event, Intercepted):
+                waiting.append(event.seq_id)
+        if len(waiting) == len(PROMPTS) + 1:  # all contexts are out, or on their way
+            for seq_id in waiting:
+                engine.resume(seq_id, RETURNED)
+            waiting = []
+        if len(finished) == len(PROMPTS) + 1:
+            return finished, engine.scheduler.counters.swapped_in_blocks
+    raise AssertionError("the engine does not come to an end")
+
+
+def test_tokens_with_an_interception_a_swap_and_a_copy_equal_those_of_xla(checkpoint: Path) -> None:
+    tokens, swapped = run_engine(checkpoint, "pallas")
+    assert (tokens, swapped) == run_engine(checkpoint, "xla")
+    assert swapped > 0
+    assert all(ids[-10:-7] == RETURNED for ids in tokens.values())
+
+
+@pytest.mark.parametrize("asked", list(Implementation))
+def test_what_is_asked_for_is_chosen(asked: str) -> None:
+    assert asked in IMPLEMENTATIONS
+    assert choose_implementation(EngineConfig(implementation=asked)) == asked
+
+
+def test_a_gpu_takes_pallas_by_itself_and_a_cpu_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_implementation(EngineConfig()) is not Implementation.PALLAS
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert choose_implementation(EngineConfig()) is Implementation.PALLAS
+
+
+def test_an_unknown_implementation_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"implementation='cuda'.*pallas"):
+        EngineConfig(implementation="cuda")
