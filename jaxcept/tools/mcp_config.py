@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -12,8 +11,9 @@ from typing import Any
 
 import msgspec
 
+from jaxcept.tools.variables import expand, texts
+
 _NAMED = re.compile(r"([A-Za-z0-9_.-]{1,64})=(.+)", re.DOTALL)
-_VARIABLE = re.compile(r"\$\{(?:env:)?([A-Za-z_]\w*)(?::-([^}]*))?\}")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def read_mcp_file(path: Path) -> list[McpServerSpec]:
 def _entry(name: str, entry: Any, where: str) -> McpServerSpec:
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: expected an object")
-    command, url, cwd = (_text(entry.get(key), f"{where}: {key}") for key in ("command", "url", "cwd"))
+    command, url, cwd = (expand(entry.get(key), f"{where}: {key}") for key in ("command", "url", "cwd"))
     args = entry.get("args", [])
     if not isinstance(args, list):
         raise ValueError(f"{where}: args: expected a list of strings")
@@ -86,32 +86,11 @@ def _entry(name: str, entry: Any, where: str) -> McpServerSpec:
         return McpServerSpec(
             name,
             command=command,
-            args=tuple(_text(arg, f"{where}: args") or "" for arg in args),
-            env=_texts(entry.get("env", {}), f"{where}: env"),
+            args=tuple(expand(arg, f"{where}: args") or "" for arg in args),
+            env=texts(entry.get("env", {}), f"{where}: env"),
             cwd=cwd,
             url=url,
-            headers=_texts(entry.get("headers", {}), f"{where}: headers"),
+            headers=texts(entry.get("headers", {}), f"{where}: headers"),
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def _texts(value: Any, where: str) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected an object of strings")
-    return {key: _text(item, f"{where}.{key}") or "" for key, item in value.items()}
-
-
-def _text(value: Any, where: str) -> str | None:
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: expected a string")
-
-    def variable(match: re.Match[str]) -> str:
-        found = os.environ.get(match[1], match[2])
-        if found is None:
-            raise ValueError(f"{where}: the environment variable {match[1]} is not set")
-        return found
-
-    return _VARIABLE.sub(variable, value)
