@@ -162,11 +162,13 @@ class Session:
         self._by_seq |= dict.fromkeys(seq_ids, record)
 
     def _follow(self, target: str, request: Request) -> tuple[tuple[int, ...], int] | None:
-        """Takes over the context of a request that is held; its seq_ids and ids, or None where that cannot be."""
+        """Takes over the context of a request that is held; its seq_ids and ids, or None where that cannot be:
+        then nobody waits for it any more."""
         try:
             seq_id, ended = self.engine.follow(target, request)
         except ValueError as error:
             logger.debug("request %r does not go on with %r: %s", request.request_id, target, error)
+            self.engine.abort(target)
             return None
         self._deltas += self._on_finished(ended)
         return (seq_id,), len(ended.token_ids)
@@ -417,7 +419,7 @@ def _spent(record: _Record, num_cached: int, interceptions: Sequence[Interceptio
     """What a sequence took; the first interception of one that goes on with a held context is that of the hold."""
     held = interceptions[0] if record.num_followed and interceptions else None
     if held is not None:
-        num_cached = max(num_cached, record.num_followed - held.num_recomputed)
+        num_cached = max(num_cached, record.num_followed - 1 - held.num_recomputed)  # its last token is not computed
     kept = [max(0, each.context_tokens - each.num_recomputed - each.num_swapped) for each in interceptions]
     return Spent(
         cached_tokens=min(num_cached, len(record.request.prompt_ids) - 1),
