@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxcept_serve.api import usage_figures
 from jaxcept_serve.conversion import SERVER_LABEL, input_object
 from jaxcept_serve.turns import CallDelta, TextDelta, ToolAnswered, TurnDone, TurnEvent, TurnFinished, Usage
 
@@ -175,4 +176,5 @@ def usage_fields(usage: Usage | None) -> dict[str, Any]:
         "output_tokens": usage.completion_tokens,
         "cache_read_input_tokens": usage.cached_tokens,
         "cache_creation_input_tokens": written,
+        "jaxcept": usage_figures(usage),
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxcept.scheduler.plan import TokenLogprobs
+from jaxcept_serve.api import usage_figures
 from jaxcept_serve.conversion import function_call_item, mcp_call_item
 from jaxcept_serve.turns import CallDelta, FullCall, TextDelta, ToolAnswered, TurnDone, TurnEvent, TurnFinished, Usage
 
@@ -80,7 +81,8 @@ class ResponseBuilder:
         if reason in ("stop", "tool_calls") or self._is_silent:
             self.response |= {"status": "completed", "completed_at": completed_at}
         elif reason in ("length", "tool_limit"):
-            told = "max_output_tokens" if reason == "length" else "max_tool_calls"
+            # The SDK knows no reason for too many calls; of those that it knows, too many messages comes nearest.
+            told = "max_output_tokens" if reason == "length" else "max_messages"
             self.response |= {"status": "incomplete", "incomplete_details": {"reason": told}}
         else:
             return self.fail(_FAILURES.get(reason, "The response could not be completed."))
@@ -247,6 +249,7 @@ def usage_fields(usage: Usage) -> dict[str, Any]:
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage.total_tokens,
+        "jaxcept": usage_figures(usage),
     }
 
 
