@@ -126,7 +126,7 @@ def spec_of(path: Path) -> McpServerSpec:
 def opened(*specs: McpServerSpec) -> Iterator[tuple[Any, Toolbox]]:
     servers = mcp.McpServers(specs)
     try:
-        with Toolbox([tool for _, tools in servers.tools() for tool in tools]) as box:
+        with Toolbox([tool for _, tools in servers.groups() for tool in tools]) as box:
             yield servers, box
     finally:
         servers.close()
@@ -248,13 +248,13 @@ def test_changed_tools_are_listed_again(server_file: Path) -> None:
     servers = mcp.McpServers([spec_of(server_file)], changes.release)
     try:
         assert changes.acquire(timeout=0)
-        before = dict.fromkeys(tool.name for _, tools in servers.tools() for tool in tools)
-        kept = next(tool for _, tools in servers.tools() for tool in tools if tool.name == "add")
+        before = dict.fromkeys(tool.name for _, tools in servers.groups() for tool in tools)
+        kept = next(tool for _, tools in servers.groups() for tool in tools if tool.name == "add")
         (server_file.parent / "more").touch()
-        with Toolbox(servers.tools()[0][1]) as box:
+        with Toolbox(servers.groups()[0][1]) as box:
             call(box, "die")
         assert changes.acquire(timeout=10)
-        after = {tool.name: tool for _, tools in servers.tools() for tool in tools}
+        after = {tool.name: tool for _, tools in servers.groups() for tool in tools}
         assert set(after) - set(before) == {"more"}
         assert after["add"] is kept, "a tool that did not change stays the same object"
     finally:
@@ -268,12 +268,12 @@ def test_an_old_server_is_listed_page_by_page_and_again_when_it_says_so(tmp_path
     servers = mcp.McpServers([McpServerSpec("old", command=sys.executable, args=(str(path),))], changes.release)
     try:
         assert changes.acquire(timeout=0)
-        with Toolbox(servers.tools()[0][1]) as box:
+        with Toolbox(servers.groups()[0][1]) as box:
             assert [made.name for made in box] == ["grow", "add"]
             assert call(box, "add", a=1).text == "error: b is missing"
             assert call(box, "grow").text == "ok"
         assert changes.acquire(timeout=10)
-        assert [made.name for made in servers.tools()[0][1]] == ["grow", "add", "grown"]
+        assert [made.name for made in servers.groups()[0][1]] == ["grow", "add", "grown"]
         assert servers.health()[0]["connects"] == 1
     finally:
         servers.close()
@@ -334,7 +334,7 @@ def test_a_server_over_http_that_is_killed_and_started_again(
     port = free_port()
     with http_server(server_file, port):
         servers = mcp.McpServers(parse_mcp(f"web=http://127.0.0.1:{port}/mcp"))
-        box = Toolbox(servers.tools()[0][1])
+        box = Toolbox(servers.groups()[0][1])
         assert call(box, "add", a=2, b=3).text == "5"
         assert call(box, "refuse").outcome is Outcome.ERROR
         assert call(box, "big", n=200_000).text.endswith("the first 100,000 characters are shown]")
@@ -357,7 +357,7 @@ def test_a_server_over_http_that_is_killed_and_started_again(
 
 def test_calls_after_close_are_told(server_file: Path) -> None:
     servers = mcp.McpServers([spec_of(server_file)])
-    with Toolbox(servers.tools()[0][1]) as box:
+    with Toolbox(servers.groups()[0][1]) as box:
         servers.close()
         assert call(box, "add", a=1, b=1).is_error
 

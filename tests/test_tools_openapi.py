@@ -221,7 +221,7 @@ def test_an_operation_is_a_tool_and_its_arguments_go_where_they_belong(tmp_path:
         "content-type": "application/json",
         "host": f"127.0.0.1:{server.server_port}",
     }
-    assert tools.health() == {"server": "api", "kind": "openapi", "is_up": True, "tools": 1, "error": ""}
+    assert tools.health() == [{"server": "api", "kind": "openapi", "is_up": True, "tools": 1, "error": ""}]
     tools.close()
 
 
@@ -267,7 +267,7 @@ def test_answers_as_text(tmp_path: Path, server: Server, name: str, outcome: Out
     tools = opened(tmp_path, document(server.url, **get(name)))
     result = call(tools, name)
     assert (result.outcome, result.text[: len(text)]) == (outcome, text)
-    assert tools.health()["is_up"] is (name != "nonsense")
+    assert tools.health()[0]["is_up"] is (name != "nonsense")
     tools.close()
 
 
@@ -298,15 +298,16 @@ def test_a_server_that_is_not_there_is_told(tmp_path: Path) -> None:
     tools = opened(tmp_path, document("http://127.0.0.1:9", **get("echo")))
     result = call(tools, "echo")
     assert result.text.startswith("error: ConnectionError: no answer from 127.0.0.1")
-    assert not tools.health()["is_up"]
+    assert not tools.health()[0]["is_up"]
     tools.close()
 
 
 REFUSED = [
-    "127.0.0.1", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "017700000001", "0.0.0.0", "localhost",
-    "[::1]", "[::]", "[::ffff:127.0.0.1]", "[::ffff:a9fe:a9fe]", "[64:ff9b::7f00:1]", "[64:ff9b:1::1]", "[fe80::1]",
-    "[2002:7f00:1::]", "[2001:db8::1]", "[fec0::1]", "[100::1]", "[3fff::1]", "[fd00:ec2::254]", "169.254.169.254", "10.0.0.1", "172.16.5.4", "192.168.1.1", "100.100.100.200", "168.63.129.16",
-    "192.0.0.192", "224.0.0.1", "255.255.255.255", "[ff02::1]",
+    "127.0.0.1", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "017700000001", "0.0.0.0", "localhost", "[::1]",
+    "[::]", "[::ffff:127.0.0.1]", "[::ffff:a9fe:a9fe]", "[64:ff9b::7f00:1]", "[64:ff9b:1::1]", "[fe80::1]",
+    "[2002:7f00:1::]", "[2001:db8::1]", "[fec0::1]", "[100::1]", "[3fff::1]", "[fd00:ec2::254]", "169.254.169.254",
+    "10.0.0.1", "172.16.5.4", "192.168.1.1", "100.100.100.200", "168.63.129.16", "192.0.0.192", "224.0.0.1",
+    "255.255.255.255", "[ff02::1]",
 ]  # fmt: skip
 
 

@@ -264,7 +264,7 @@ class McpServer:
 
 
 class McpServers:
-    """Several servers on one event loop. `tools` changes when a server's tools do; `close` ends them all."""
+    """Several servers on one event loop. What `groups` gives changes as the servers' tools do."""
 
     def __init__(self, specs: Sequence[McpServerSpec], on_tools: Callable[[], None] = lambda: None) -> None:
         names = [spec.name for spec in specs]
@@ -280,7 +280,7 @@ class McpServers:
             self.close()
             raise
 
-    def tools(self) -> list[tuple[str, Sequence[Tool]]]:
+    def groups(self) -> list[tuple[str, Sequence[Tool]]]:
         """Every server's name and its tools."""
         return [(server.spec.name, server.tools) for server in self.servers]
 

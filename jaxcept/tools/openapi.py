@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import logging
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,15 +108,14 @@ class OpenApiTools:
             self.close()
             raise
 
-    def health(self) -> dict[str, Any]:
-        """The document's name, the number of its tools, and why the last call that found no server failed."""
-        return {
-            "server": self.spec.name,
-            "kind": "openapi",
-            "is_up": not self._error,
-            "tools": len(self.tools),
-            "error": self._error,
-        }
+    def groups(self) -> list[tuple[str, Sequence[Tool]]]:
+        """The document's name and its tools."""
+        return [(self.spec.name, self.tools)]
+
+    def health(self) -> list[dict[str, Any]]:
+        """The document's name, the number of its tools, and why the last call failed if it found no server."""
+        state = {"server": self.spec.name, "kind": "openapi", "is_up": not self._error}
+        return [{**state, "tools": len(self.tools), "error": self._error}]
 
     def close(self) -> None:
         """End all connections and calls."""
