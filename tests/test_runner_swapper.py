@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 from jaxcept.runner.compiles import CompileCounter
 from jaxcept.runner.host_pool import HostPool, block_sharding
+from jaxcept.runner.swap_times import SwapTimes, TransferTimeoutError
 from jaxcept.runner.swapper import ARITIES, Swapper, SwapReport, split, split_moves
 from jaxcept.scheduler.plan import BlockMove, FailedMove, MoveKind
 from jaxcept_kernels.blocks import block_checksums
@@ -330,3 +331,36 @@ def test_waiting_for_the_next_one_ends_with_news_or_when_nothing_is_under_way(ri
     assert rig.swapper.report().outs_through == 1
     rig.link.is_open = True
     rig.settle()
+
+
+def test_a_transfer_that_never_ends_is_told_instead_of_waited_for(rig: Rig) -> None:
+    times, rig.swapper.times = rig.swapper.times, SwapTimes(limit_s=0.02)
+    rig.submit((MoveKind.SWAP_OUT, 1, 1))
+    rig.link.is_open = False
+    with pytest.raises(TransferTimeoutError, match=r"not ended in 0\.02 s"):
+        rig.swapper.wait_next()
+    with pytest.raises(TransferTimeoutError):
+        rig.swapper.finish(10**9)
+    rig.link.is_open, rig.swapper.times = True, times
+    rig.settle()
+
+
+def test_seconds_of_the_links_count_once_and_waiting_is_not_hidden() -> None:
+    now = 0.0
+    times = SwapTimes(60.0, lambda: now)
+    first, second = times.now(), times.now()
+    now = 3.0
+    times.over("out", first)
+    now = 5.0
+    times.over("out", second)  # it stood behind the first
+    times.over("in", 4.0)
+    assert times.busy_s == 6.0 and times.hidden_s == 6.0
+    polls = iter((False, True))
+
+    def is_over() -> bool:
+        nonlocal now
+        now += 1.0
+        return next(polls)
+
+    times.wait(is_over, 0.0)
+    assert times.waited_s == 2.0 and times.hidden_s == 4.0

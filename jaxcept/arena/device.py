@@ -20,7 +20,7 @@ from jaxcept.scheduler.request import Request
 from jaxcept.scheduler.scheduler import Scheduler
 from jaxcept.simulator.deployment import Deployment
 from jaxcept.simulator.replay import Replay
-from jaxcept.simulator.report import Report, Slo, make_report
+from jaxcept.simulator.report import Report, Slo, SwapSeconds, make_report
 from jaxcept.simulator.simulate import SimOptions, check_lengths, describe_run, simulate
 from jaxcept.simulator.workload import Job, Workload, make_request
 from jaxcept_models.model import Model, load_model
@@ -102,6 +102,7 @@ class Bench:
             parts.estimator,
         )
         record = replay.run()
+        times = runner.swapper.times if runner.swapper is not None else None
         info = describe_run(workload, deployment, case.policy, case.order, case.estimator)
         return make_report(
             info=replace(info, is_simulated=False, block_bytes=runner.layout.block_bytes),
@@ -110,6 +111,7 @@ class Bench:
             waste=ledger.waste,
             busy_s=ledger.busy_s,
             use=None,
+            swaps=SwapSeconds(times.busy_s, times.hidden_s, times.waited_s) if times is not None else None,
             slo=case.slo,
             start=start,
             last_arrival=start + workload.jobs[-1].arrival_s,

@@ -6,10 +6,12 @@ import os
 
 import jax
 
+from jaxcept.runner.swapper import ARITIES
 from jaxcept_models.model import Model
 
 CPU_POOL_BYTES = 4 << 30
 CPU_MEMORY_SHARE = 0.25
+STAGED_BLOCKS = 4 * max(ARITIES)  # the largest call each way, as one array and block by block
 
 
 def choose_num_blocks(
@@ -17,13 +19,15 @@ def choose_num_blocks(
 ) -> int:
     """Blocks of a pool that fits the device and is of use.
 
-    On a GPU: `memory_utilization` of its memory, less what is in use and less the largest step's activations. On a
-    CPU: a quarter of the machine's memory, at most 4 GiB. Never more than what twice the longest batch could hold
+    On a GPU: `memory_utilization` of its memory, less what is in use, the largest step's activations, and the blocks on
+    their way to and from the host. On a CPU: a quarter of the machine's memory, at most 4 GiB. Never more than what twice the longest batch could hold
     (the other half keeps cached prefixes and waiting contexts). ValueError if not one sequence fits.
     """
     per_sequence = -(-max_model_len // block_size)
     block_bytes = model.kv_layout(1, block_size).block_bytes
     affordable = _free_bytes(model, step_tokens, memory_utilization) // block_bytes
+    if jax.devices()[0].platform != "cpu":
+        affordable -= STAGED_BLOCKS
     if affordable < per_sequence:
         raise ValueError(
             f"max_model_len={max_model_len} needs {per_sequence} blocks of {block_bytes:,} bytes, and memory has room "

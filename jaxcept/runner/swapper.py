@@ -8,7 +8,6 @@ pool. Nothing here waits but `finish` and `wait_next`.
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxcept.runner.host_pool import HostBlock, HostPool, Link, block_sharding, checksum_sharding, is_ready
+from jaxcept.runner.swap_times import SwapTimes
 from jaxcept.scheduler.plan import BlockMove, FailedMove, MoveKind
 from jaxcept_kernels.attention import Implementation
 from jaxcept_kernels.blocks import block_checksums, gather_each, scatter_each
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 ARITIES = (8, 32)  # blocks in one compiled call
 POLL_S = 5e-5
+TRANSFER_LIMIT_S = 60.0  # a step's blocks take milliseconds
 
 T = TypeVar("T")
 Executable = Callable[..., Any]
@@ -49,6 +50,7 @@ class _Outs:
     """The swaps out of one plan."""
 
     step_id: int
+    sent_at: float
     pending: deque[tuple[BlockMove, HostBlock]] = field(default_factory=deque)
     checksums: list[tuple[jax.Array, list[HostBlock]]] = field(default_factory=list)  # [arity, kv_heads] and its rows
     failed: list[FailedMove] = field(default_factory=list)
@@ -69,6 +71,7 @@ class _Ins:
     """The swaps in of one plan."""
 
     step_id: int
+    sent_at: float
     pending: deque[_Staged] = field(default_factory=deque)
     arrived: list[_Staged] = field(default_factory=list)
     checksums: list[tuple[jax.Array, list[_Staged]]] = field(default_factory=list)  # of what arrived, once it has
@@ -95,6 +98,7 @@ class Swapper:
         self._pool_sharding = sharding
         self._implementation = implementation
         self._link = link if link is not None else Link()
+        self.times = SwapTimes(TRANSFER_LIMIT_S)
         self._outs: deque[_Outs] = deque()
         self._ins: deque[_Ins] = deque()
         self._staged: dict[int, _Staged] = {}  # by device block
@@ -153,7 +157,7 @@ class Swapper:
         """Starts the plan's swaps out; the pool may be written to afterwards. `waits`: until they are over."""
         if not moves:
             return
-        outs = _Outs(step_id)
+        outs = _Outs(step_id, self.times.now())
         self._outs.append(outs)
         for arity, part in split(moves):
             block_ids = _padded_ids((move.src for move in part), arity, self.layout.num_blocks)
@@ -184,7 +188,7 @@ class Swapper:
         """Starts the plan's swaps in. What an earlier plan staged for the same device blocks is dropped."""
         if not moves:
             return
-        ins = _Ins(step_id)
+        ins = _Ins(step_id, self.times.now())
         self._ins.append(ins)
         found: list[tuple[BlockMove, jax.Array, np.ndarray]] = []
         for move in moves:
@@ -235,13 +239,17 @@ class Swapper:
         """Notes what is over, and starts to check what has arrived. Never waits."""
         out_step, in_step = self._through
         while self._outs and self._is_out(self._outs[0]):
-            out_step = self._outs[0].step_id
-            self._failed += self._outs.popleft().failed
+            outs = self._outs.popleft()
+            out_step = outs.step_id
+            self._failed += outs.failed
+            self.times.over("out", outs.sent_at)
         for ins in self._ins:
             self._check_arrived(ins)
         while self._ins and self._is_in(self._ins[0]):
-            in_step = self._ins[0].step_id
-            self._failed += self._ins.popleft().failed
+            ins = self._ins.popleft()
+            in_step = ins.step_id
+            self._failed += ins.failed
+            self.times.over("in", ins.sent_at)
         self._through = (out_step, in_step)
 
     def report(self) -> SwapReport:
@@ -251,18 +259,23 @@ class Swapper:
         return SwapReport(*self._through, failed)
 
     def finish(self, step_id: int) -> None:
-        """Waits until the swaps of all plans up to this one are over."""
-        self.poll()
-        while any(queue and queue[0].step_id <= step_id for queue in (self._outs, self._ins)):
-            time.sleep(POLL_S)
+        """Waits until the swaps of all plans up to this one are over. TransferTimeoutError where they never are."""
+
+        def is_over() -> bool:
             self.poll()
+            return not any(queue and queue[0].step_id <= step_id for queue in (self._outs, self._ins))
+
+        self.times.wait(is_over, POLL_S)
 
     def wait_next(self) -> None:
-        """Waits until something is over that no report has told of, or nothing is under way."""
-        self.poll()
-        while self.is_busy and self._through == self._reported:
-            time.sleep(POLL_S)
+        """Waits until something is over that no report has told of, or nothing is under way. TransferTimeoutError where
+        that never is."""
+
+        def is_over() -> bool:
             self.poll()
+            return not self.is_busy or self._through != self._reported
+
+        self.times.wait(is_over, POLL_S)
 
     def _is_out(self, outs: _Outs) -> bool:
         while outs.pending:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxcept.metrics import Waste
 from jaxcept.scheduler.counters import Counters
@@ -161,6 +161,14 @@ class Report:
         return cls(**{name: nested[name](**value) if name in nested else value for name, value in data.items()})
 
 
+class SwapSeconds(NamedTuple):
+    """Seconds of the links; of them, those behind which the device computed; those for which it stood still."""
+
+    busy_s: float
+    hidden_s: float
+    waited_s: float
+
+
 def make_report(
     info: RunInfo,
     record: Record,
@@ -173,11 +181,13 @@ def make_report(
     last_arrival: float,
     wanted: Sequence[int],
     wall_s: float,
+    swaps: SwapSeconds | None = None,
 ) -> Report:
     """Puts a run into numbers.
 
     `wanted`: tokens that each job was to generate. `use` is what a simulated device counted; without one, seconds by
-    cause are the busy seconds shared out by tokens. `start` and `last_arrival` in seconds of the engine's clock.
+    cause are the busy seconds shared out by tokens. `swaps` is what a
+    real device's swaps took. `start` and `last_arrival` in seconds of the engine's clock.
     """
     outcomes = record.outcomes
     makespan = max((outcome.finished_at for outcome in outcomes), default=start) - start
@@ -219,7 +229,7 @@ def make_report(
         recompute_token_share=_over(counters.recomputed_tokens, num_tokens),
         tokens={**tokens, "generated": counters.generated_tokens, "stale": counters.stale_tokens},
         cache_hit_share=_over(counters.cache_hit_tokens, counters.cache_query_tokens),
-        swap=_swap(info, counters, use),
+        swap=_swap(info, counters, swaps if use is None else _swap_seconds(use)),
         preemptions=counters.preemptions,
         estimator_mae_s=_over(error.absolute_s, error.num_samples),
         estimator_relative_error=_over(error.absolute_s, error.actual_s),
@@ -273,9 +283,13 @@ def _waste(info: RunInfo, waste: Waste, stalled_block_s: float, seconds: float) 
     )
 
 
-def _swap(info: RunInfo, counters: Counters, use: DeviceUse | None) -> SwapUse:
+def _swap_seconds(use: DeviceUse) -> SwapSeconds:
+    return SwapSeconds(use.swap_s, use.hidden_s, use.stall_s + use.swap_wait_s)
+
+
+def _swap(info: RunInfo, counters: Counters, seconds: SwapSeconds | None) -> SwapUse:
     out_bytes = counters.swapped_out_blocks * info.block_bytes
     in_bytes = counters.swapped_in_blocks * info.block_bytes
-    if use is None:
+    if seconds is None:
         return SwapUse(out_bytes, in_bytes)
-    return SwapUse(out_bytes, in_bytes, use.swap_s, _over(use.hidden_s, use.swap_s), use.stall_s + use.swap_wait_s)
+    return SwapUse(out_bytes, in_bytes, seconds.busy_s, _over(seconds.hidden_s, seconds.busy_s), seconds.waited_s)
