@@ -20,8 +20,9 @@ def choose_num_blocks(
     """Blocks of a pool that fits the device and is of use.
 
     On a GPU: `memory_utilization` of its memory, less what is in use, the largest step's activations, and the blocks on
-    their way to and from the host. On a CPU: a quarter of the machine's memory, at most 4 GiB. Never more than what twice the longest batch could hold
-    (the other half keeps cached prefixes and waiting contexts). ValueError if not one sequence fits.
+    their way to and from the host. On a CPU: a quarter of the machine's memory, at most 4 GiB. Never more than what
+    twice the longest batch could hold (the other half keeps cached prefixes and waiting contexts). ValueError if not
+    one sequence fits.
     """
     per_sequence = -(-max_model_len // block_size)
     block_bytes = model.kv_layout(1, block_size).block_bytes
