@@ -17,10 +17,10 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":  # in a checkout that is not installed too
@@ -28,8 +28,8 @@ if __name__ == "__main__":  # in a checkout that is not installed too
 
 if TYPE_CHECKING:
     from benchmarks.kernels_cases import Preset
-    from benchmarks.kernels_report import Results
-    from benchmarks.kernels_timing import Deadline
+    from benchmarks.kernels_report import Results, Row
+    from benchmarks.kernels_timing import Ceilings, Deadline
 
 SECTIONS = {"decode": 7.0, "prefill": 4.0, "blocks": 3.0, "overlap": 1.0, "step": 5.0}  # parts of the time
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "numpy")
@@ -43,11 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from benchmarks.kernels_report import report, save
 
     results = run_here(args) if args.in_process else run_apart(args)
-    if args.out is not None:
-        for path in save(results, args.out, args.name):
-            print(path, file=sys.stderr)
+    paths = save(results, args.out, args.name) if args.out is not None else []
     if not args.quiet:
         print(report(results))
+        for path in paths:
+            print(path, file=sys.stderr)
     return 1 if results.failures or any(row.is_wrong for row in results.rows) else 0
 
 
@@ -141,37 +141,41 @@ def run_here(args: argparse.Namespace) -> Results:
 
 
 def run_section(section: str, preset: Preset, results: Results, deadline: Deadline, args: argparse.Namespace) -> None:
-    """Adds a section's results as they come."""
+    """Adds a section's results, and saves them as they come."""
+    from benchmarks.kernels_report import Row
     from benchmarks.kernels_timing import measure_ceilings
 
     ceilings = measure_ceilings(preset)
     results.ceilings[section] = ceilings._asdict()
-    keep: Callable[[object], object] = results.rows.append
-    if section == "overlap":
-        from benchmarks.kernels_overlap import run_overlap
-
-        results.overlap += run_overlap(preset, deadline)
-        return
-    if section == "step":
-        from benchmarks.kernels_step import run_step
-
-        found, keep = run_step(preset, ceilings, deadline), results.steps.append
-    elif section == "blocks":
-        from benchmarks.kernels_blocks import run_blocks
-
-        found = run_blocks(preset, deadline, args.interpret_check)
-    else:
-        from benchmarks.kernels_attention import run_attention
-        from benchmarks.kernels_cases import Prefill
-
-        decodes = tuple(Prefill(batch, 1, context) for batch in preset.batches for context in preset.contexts)
-        steps = decodes if section == "decode" else preset.prefills
-        found = run_attention(preset, steps, deadline, args.interpret_check)
-    for item in found:
-        keep(item)
+    for item in measured(section, preset, ceilings, deadline, args.interpret_check):
+        if isinstance(item, Row):
+            results.rows.append(item)
+        else:
+            (results.overlap if section == "overlap" else results.steps).append(item)
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / f"{args.name}.json").write_text(results.to_json(), encoding="utf-8")
+
+
+def measured(
+    section: str, preset: Preset, ceilings: Ceilings, deadline: Deadline, interpret_check: bool
+) -> Iterable[Row | dict[str, Any]]:
+    """A section's rows, or its records, as they come."""
+    if section == "overlap":
+        from benchmarks.kernels_overlap import run_overlap
+
+        return run_overlap(preset, deadline)
+    if section == "step":
+        from benchmarks.kernels_step import run_step
+
+        return run_step(preset, ceilings, deadline)
+    if section == "blocks":
+        from benchmarks.kernels_blocks import run_blocks
+
+        return run_blocks(preset, deadline, interpret_check)
+    from benchmarks.kernels_attention import run_attention
+
+    return run_attention(preset, preset.steps(section), deadline, interpret_check)
 
 
 def empty_results(preset: str) -> Results:

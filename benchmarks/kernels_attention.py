@@ -267,9 +267,11 @@ def peer_step(group: Group, layers: int, q: jax.Array, index: jax.Array, pages: 
 
 def check_interpreted(group: Group, context: int, q: jax.Array, operands: Any) -> Row:
     """The Pallas kernel, interpreted, against the reference; not timed."""
-    reference = partial(paged_attention, implementation=Implementation.XLA)
-    steps = {"xla": reference, INTERPRETED: ragged_paged_attention}
-    compiled = compile_all({name: (partial(step, group, attend), q, operands) for name, attend in steps.items()}, 1)
+    steps: dict[str, Attention] = {
+        "xla": partial(paged_attention, implementation=Implementation.XLA),
+        INTERPRETED: ragged_paged_attention,
+    }
+    compiled = compile_all({name: (partial(step, group, attend), q, operands) for name, attend in steps.items()}, None)
     judged = judge(
         compiled,
         q,

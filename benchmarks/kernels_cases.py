@@ -117,6 +117,12 @@ class Preset:
     rounds: int = 5  # times are medians of so many
     round_s: float = 0.02  # least seconds of one
 
+    def steps(self, section: str) -> tuple[Prefill, ...]:
+        """The cases of section `decode` or `prefill`; a decode is a chunk of one token."""
+        if section == "prefill":
+            return self.prefills
+        return tuple(Prefill(batch, 1, context) for batch in self.batches for context in self.contexts)
+
 
 _CHUNKS = (Prefill(1, 2048, 2048), Prefill(1, 2048, 8192), Prefill(1, 2048, 32768), Prefill(1, 512, 512))
 _SHARED = (Prefill(4, 512, 2048), Prefill(16, 128, 2048), Prefill(1, 512, 8192), Prefill(1, 128, 2048))
@@ -139,7 +145,7 @@ PRESETS = {
         copy_bytes=MB,
         matrix=64,
         transfer_bytes=64 << 10,
-        step=EngineStep(SMALL, 256, (1, 4), 32),
+        step=EngineStep(Shape("small gpt-j", 4, 4, 32, 2), 256, (1, 4), 32),
         budget_s=30,
         rounds=2,
         round_s=0.001,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from benchmarks.kernels_cases import Preset
-from benchmarks.kernels_timing import Deadline, noise, timed
+from benchmarks.kernels_timing import Deadline, noise, run_often, timed
 from jaxcept_kernels.blocks import gather_blocks
 from jaxcept_kernels.layout import KVLayout, KVPool
 
@@ -35,7 +35,7 @@ class Beside(NamedTuple):
     total_s: float  # until the steps were over too
 
 
-def run_overlap(preset: Preset, deadline: Deadline) -> list[dict[str, Any]]:
+def run_overlap(preset: Preset, deadline: Deadline) -> Iterator[dict[str, Any]]:
     """A record for each way and each kind of step."""
     device = jax.devices()[0]
     on_device = jax.sharding.SingleDeviceSharding(device)
@@ -43,14 +43,12 @@ def run_overlap(preset: Preset, deadline: Deadline) -> list[dict[str, Any]]:
     blocks = gathered(preset)
     sent = jax.block_until_ready(jax.device_put(blocks, on_host))  # pins the memory, which takes long
     ways = {"out": (blocks, on_host), "in": (sent, on_device)}
-    records = []
     for name, load in loads(preset).items():
         for way, (arrays, to) in ways.items():
             if deadline.left_s <= 0:
-                records.append({"what": f"{way} beside {name}", "note": "out of time"})
+                yield {"what": f"{way} beside {name}", "note": "out of time"}
             else:
-                records.append({"what": f"{way} beside {name}", **measure(arrays, to, load, preset)})
-    return records
+                yield {"what": f"{way} beside {name}", **measure(arrays, to, load, preset)}
 
 
 def gathered(preset: Preset) -> list[jax.Array]:
@@ -85,8 +83,9 @@ def measure(blocks: Sequence[jax.Array], to: Sharding, load: Load, preset: Prese
     function, x = load
     compiled = jax.jit(function).lower(x).compile()
 
-    def steps(count: int) -> list[jax.Array]:
-        return [compiled(x) for _ in range(count)][-1:]
+    def steps(count: int) -> jax.Array:
+        last: jax.Array = run_often(compiled, x, count)
+        return last
 
     timed(lambda: steps(1))
     timed(lambda: jax.device_put(list(blocks), to))

@@ -55,7 +55,7 @@ class Contender(NamedTuple):
     """One implementation of a call, compiled: `once` leaves its operands alone, `chain` takes its state over."""
 
     once: Executable  # (state, index, operands) → state
-    chain: Executable  # ((index, state), operands) → (index, state)
+    chain: Executable | None  # ((index, state), operands) → (index, state); None where it is checked alone
 
 
 def repeat(step: Step, count: int) -> Callable[[tuple[jax.Array, Any], Any], tuple[jax.Array, Any]]:
@@ -66,31 +66,35 @@ def repeat(step: Step, count: int) -> Callable[[tuple[jax.Array, Any], Any], tup
             index, state = carry
             return index + jnp.int32(1), step(state, index, operands)
 
-        return jax.lax.fori_loop(0, count, body, carry)
+        last: tuple[jax.Array, Any] = jax.lax.fori_loop(0, count, body, carry)
+        return last
 
     return run
 
 
 def compile_all(
     steps: Mapping[str, tuple[Step, Any, Any]],  # name → step, state, operands (or their shapes)
-    count: int = CHAIN,
+    count: int | None = CHAIN,
 ) -> dict[str, Contender | Exception]:
-    """Every step compiled once and chained, on all cores; what does not compile gives its error."""
+    """Every step compiled once and, unless `count` is None, chained; on all cores. What does not compile gives why."""
     found: dict[str, Contender | Exception] = {}
     with ThreadPoolExecutor() as threads:
         jobs = {}
         for name, (step, state, operands) in steps.items():
             index = jax.ShapeDtypeStruct((), jnp.int32)
             try:
-                once = jax.jit(step).lower(state, index, operands)
-                chain = jax.jit(repeat(step, count), donate_argnums=0).lower((index, state), operands)
+                lowered = [jax.jit(step).lower(state, index, operands)]
+                if count is not None:
+                    chain = jax.jit(repeat(step, count), donate_argnums=0)
+                    lowered.append(chain.lower((index, state), operands))
             except Exception as error:  # whatever a kernel's own checks raise; it is told in the table
                 found[name] = error
                 continue
-            jobs[name] = (threads.submit(once.compile), threads.submit(chain.compile))
+            jobs[name] = [threads.submit(each.compile) for each in lowered]
         for name, job in jobs.items():
             try:
-                found[name] = Contender(*(future.result() for future in job))
+                executables = [future.result() for future in job]
+                found[name] = Contender(executables[0], executables[1] if count is not None else None)
             except Exception as error:  # compilers raise errors of their own kinds
                 found[name] = error
     return found
@@ -110,8 +114,9 @@ class Stopwatch:
         zero = jnp.int32(0)
         self.single_s, _ = timed(partial(self.contender.once, state, zero, self.operands))
         if self.is_chained:
-            _, carry = timed(partial(self.contender.chain, (zero, state), self.operands))
-            spent, (_, state) = timed(partial(self.contender.chain, carry, self.operands))
+            chain = self._chain
+            _, carry = timed(lambda: chain((zero, state), self.operands))
+            spent, (_, state) = timed(lambda: chain(carry, self.operands))
             self.calls = max(1, math.ceil(round_s / spent))
         return state
 
@@ -119,6 +124,11 @@ class Stopwatch:
     def is_chained(self) -> bool:
         """Whether calls are short enough to be chained."""
         return self.single_s * self.count <= self.long_s
+
+    @property
+    def _chain(self) -> Executable:
+        assert self.contender.chain is not None, "what is checked alone is not timed"
+        return self.contender.chain
 
     def round(self, state: Any) -> tuple[Any, float]:
         """The state, and seconds of a call."""
@@ -129,7 +139,7 @@ class Stopwatch:
         def queue() -> tuple[jax.Array, Any]:
             carry = (jnp.int32(0), state)
             for _ in range(self.calls):
-                carry = self.contender.chain(carry, self.operands)
+                carry = self._chain(carry, self.operands)
             return carry
 
         spent, (_, state) = timed(queue)
@@ -199,6 +209,14 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
+def run_often(function: Callable[[Any], Any], x: Any, count: int) -> Any:
+    """The last of so many results; the others are given up at once, as memory may hold few of them."""
+    result = function(x)
+    for _ in range(count - 1):
+        result = function(x)
+    return result
+
+
 class Ceilings(NamedTuple):
     """What the device reaches on the simplest work, in this run."""
 
@@ -218,7 +236,7 @@ def measure_ceilings(preset: Preset) -> Ceilings:
         spent, _ = timed(partial(compiled, x))
         spent, _ = timed(partial(compiled, x))
         calls = max(1, min(8, math.ceil(preset.round_s / spent)))
-        rounds = [timed(lambda: [compiled(x) for _ in range(calls)])[0] / calls for _ in range(preset.rounds)]
+        rounds = [timed(lambda: run_often(compiled, x, calls))[0] / calls for _ in range(preset.rounds)]
         return amount / median(rounds)
 
     size = words.nbytes
@@ -231,7 +249,8 @@ def measure_ceilings(preset: Preset) -> Ceilings:
 
 def noise(shape: tuple[int, ...], dtype: Any, seed: int = 0) -> jax.Array:
     """Numbers of [-1, 1) that look random and differ from place to place; made in one pass without other memory."""
-    return _noise(shape, jnp.dtype(dtype), seed)
+    made: jax.Array = _noise(shape, jnp.dtype(dtype), seed)
+    return made
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -241,14 +260,15 @@ def _noise(shape: tuple[int, ...], dtype: Any, seed: int) -> jax.Array:
     columns = jax.lax.broadcasted_iota(jnp.uint32, (shape[0], width), 1)
     # Two rounds of the finalizer of MurmurHash3, so that neither rows nor columns repeat.
     mixed = _mix(_mix(rows + jnp.uint32(1 + seed * 0x51ED27)) + columns)
-    values = (mixed >> 8).astype(jnp.float32) * jnp.float32(2.0**-23) - jnp.float32(1)
+    values: jax.Array = (mixed >> 8).astype(jnp.float32) * jnp.float32(2.0**-23) - jnp.float32(1)
     return values.astype(dtype).reshape(shape)
 
 
 def _mix(words: jax.Array) -> jax.Array:
     words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
     words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)
-    return words ^ (words >> 16)
+    mixed: jax.Array = words ^ (words >> 16)
+    return mixed
 
 
 @jax.jit

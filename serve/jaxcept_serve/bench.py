@@ -1,9 +1,10 @@
-"""`jaxcept simulate` and `jaxcept bench intercept`."""
+"""`jaxcept simulate`, `jaxcept bench intercept` and `jaxcept bench kernels`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+import jaxcept
 from jaxcept.arena.cases import Sizes, Traffic, grid, run_case, run_cases
 from jaxcept.arena.curves import compare
 from jaxcept.arena.device import Bench, DeviceCase
@@ -30,7 +32,7 @@ DEFAULT_POLICIES = "discard,discard-ordered,preserve,swap,heuristic,prefix-lru,p
 
 
 def add_commands(commands: Any) -> None:
-    """Adds both to the command line's subparsers."""
+    """Adds them to the command line's subparsers."""
     one = commands.add_parser(
         "simulate",
         help="one policy in simulated time",
@@ -66,6 +68,16 @@ def add_commands(commands: Any) -> None:
     many.set_defaults(run=run_intercept)
     for command in (one, many):
         add_traffic_flags(command)
+    kernels = kinds.add_parser(
+        "kernels",
+        help="the kernels beside what the device can do",
+        description="Checks and times the kernels of the device at hand: benchmarks/kernels.py of the repository.",
+    )
+    kernels.add_argument("--preset", choices=["tiny", "cpu", "quick", "full"], help="(default: by the device)")
+    kernels.add_argument("--section", help="of decode, prefill, blocks, overlap, step; with commas (default: all)")
+    kernels.add_argument("--budget", type=float, help="seconds for everything (default: the preset's)")
+    kernels.add_argument("--out", type=Path, help="folder for kernels.json, kernels.md and a plot")
+    kernels.set_defaults(run=run_kernels)
 
 
 def add_traffic_flags(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +136,19 @@ def run_intercept(args: argparse.Namespace) -> int:
             print(f"no plots: {error.name} is not installed; pip install 'jaxcept[bench]'", file=sys.stderr)
         console.print(f"{len(paths)} files in {args.out}", highlight=False)
     return 0
+
+
+def run_kernels(args: argparse.Namespace) -> int:
+    """`jaxcept bench kernels`: the repository's script, in a process of its own."""
+    script = Path(jaxcept.__file__).parent.parent / "benchmarks" / "kernels.py"
+    if not script.is_file():
+        raise FileNotFoundError(f"{script}: `jaxcept bench kernels` needs a checkout of the repository")
+    command = [sys.executable, str(script)]
+    for name in ("preset", "section", "budget", "out"):
+        value = getattr(args, name)
+        if value is not None:
+            command.append(f"--{name}={value}")
+    return subprocess.run(command, check=False).returncode
 
 
 def _simulated(args: argparse.Namespace, console: Console) -> tuple[list[Report], list[str], str]:
