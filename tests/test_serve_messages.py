@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from jaxcept.scheduler.params import SamplingParams
 from jaxcept_serve import messages
 from jaxcept_serve.app import create_app
-from jaxcept_serve.conversion import messages_of_anthropic
+from jaxcept_serve.conversion import messages_of_anthropic, with_server_calls
 from jaxcept_serve.turns import ServiceError, TextDelta, Usage
 
 TOOL: Any = {
@@ -148,8 +148,9 @@ def test_calls_that_the_server_runs_are_mcp_blocks() -> None:
         history: Any = [*HI, {"role": "assistant", "content": made.content}, {"role": "user", "content": "thanks"}]
         client.beta.messages.create(model="tiny", max_tokens=9, messages=history)
     assert service.turns[2].messages == service.turns[3].messages
-    roles = [(message["role"], message["content"]) for message in service.turns[2].messages[1:]]
-    assert roles == [
+    assert [message["content"] for message in service.turns[2].messages] == ["hi", "Wait. Two.", "thanks"]
+    expanded = with_server_calls([dict(message) for message in service.turns[2].messages])
+    assert [(message["role"], message["content"]) for message in expanded[1:]] == [
         ("assistant", "Wait. "), ("tool", "2"), ("assistant", ""), ("tool", "error: no"), ("assistant", "Two."),
         ("user", "thanks"),
     ]  # fmt: skip

@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 from jaxcept.scheduler.plan import TokenLogprobs
 from jaxcept_serve import responses
 from jaxcept_serve.app import create_app
+from jaxcept_serve.conversion import with_server_calls
 from jaxcept_serve.response_store import ResponseStore, StoredResponse
 from jaxcept_serve.turns import Caller, ServiceError, TextDelta, TurnDone, TurnFinished
 
@@ -156,12 +157,14 @@ def test_calls_that_the_server_runs_are_mcp_calls() -> None:
     assert output[2]["output"] is None and output[2]["error"]["content"][0]["text"] == "error: no"
     client = openai_sync(app)
     client.responses.create(model="tiny", input=[*output, {"role": "user", "content": "thanks"}])
-    roles = [(message["role"], message["content"]) for message in service.turns[1].messages]
-    assert roles == [
+    turn, thanks = service.turns[1].messages
+    assert (turn["content"], thanks["content"]) == ("Wait. Two.", "thanks"), "one turn, as the service remembers it"
+    expanded = with_server_calls([dict(turn), dict(thanks)])
+    assert [(message["role"], message["content"]) for message in expanded] == [
         ("assistant", "Wait. "), ("tool", "2"), ("assistant", ""), ("tool", "error: no"), ("assistant", "Two."),
         ("user", "thanks"),
     ]  # fmt: skip
-    assert [len(message.get("tool_calls", ())) for message in service.turns[1].messages] == [1, 0, 1, 0, 0, 0]
+    assert [len(message.get("tool_calls", ())) for message in expanded] == [1, 0, 1, 0, 0, 0]
 
 
 def test_text_behind_a_call_is_of_the_same_turn() -> None:

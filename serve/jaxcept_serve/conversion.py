@@ -2,7 +2,9 @@
 
 The service finds a conversation again by its messages, so equal conversations become equal messages: what moves between
 turns without meaning anything (cache marks, ids of items, thinking) is left out, one text part is a string, and what
-was emitted as several items or blocks of one assistant's turn is one message again.
+was emitted as several items or blocks of one assistant's turn is one message again. Calls that the server ran in the
+course of a turn stand beside its text, under SERVER_CALLS, for they are in the ids that the service goes on from;
+`with_server_calls` makes messages of them where those ids are not known any more.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from jaxcept_serve.wire import as_array, as_object, as_text, bad, shown
 Message = dict[str, Any]
 Object = Mapping[str, Any]
 
+SERVER_CALLS = "server_calls"  # of an assistant message: the calls that this server ran in the course of it
 SERVER_LABEL = "jaxcept"  # the "MCP server" under which calls that this server ran are shown
 _ROLES = ("user", "assistant", "system", "developer")
 # Claude Code's first system block: a checksum of the request, for the vendor's servers; another one in every request.
@@ -50,8 +53,8 @@ def tool_message(call_id: str, text: str | list[dict[str, str]]) -> Message:
 class Conversation:
     """Collects the messages of a conversation in order; an assistant's texts and calls join into its turn."""
 
-    def __init__(self, messages: Sequence[Message] = ()) -> None:
-        self.messages: list[Message] = list(messages)
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
         self._turn: Message | None = None  # the assistant's turn that may go on
 
     def add(self, role: str, content: str | list[dict[str, str]]) -> None:
@@ -59,25 +62,57 @@ class Conversation:
         self._turn = None
         self.messages.append({"role": role, "content": content})
 
-    def add_text(self, text: str) -> None:
-        """Text of the assistant: behind a call it belongs to the same turn, otherwise it begins one."""
-        if self._turn is not None and "tool_calls" in self._turn:
-            self._turn["content"] = (self._turn["content"] or "") + text
-        else:
-            self._turn = {"role": "assistant", "content": text}
-            self.messages.append(self._turn)
+    def begin_turn(self) -> None:
+        """Begins a turn of the assistant."""
+        self._turn = {"role": "assistant", "content": ""}
+        self.messages.append(self._turn)
+
+    def add_text(self, text: str, goes_on: bool = False) -> None:
+        """Text of the assistant: behind a call, or where it `goes_on`, of the same turn; otherwise it begins one."""
+        if not (self._turn is not None and (goes_on or "tool_calls" in self._turn or SERVER_CALLS in self._turn)):
+            self.begin_turn()
+        self._going_on()["content"] += text
 
     def add_call(self, call_id: str, name: str, arguments: str) -> None:
-        """A call of the assistant; it belongs to the text before it."""
+        """A call of the assistant for its client; it belongs to the text before it."""
+        self._going_on().setdefault("tool_calls", []).append(chat_call(call_id, name, arguments))
+
+    def add_server_call(self, call_id: str, name: str, arguments: str, result: str) -> None:
+        """A call that the server ran; the assistant's turn goes on behind it."""
+        turn = self._going_on()
+        call = {"after": len(turn["content"]), "id": call_id, "name": name, "arguments": arguments, "result": result}
+        turn.setdefault(SERVER_CALLS, []).append(call)
+
+    def _going_on(self) -> Message:
         if self._turn is None:
-            self._turn = {"role": "assistant", "content": ""}
-            self.messages.append(self._turn)
-        self._turn.setdefault("tool_calls", []).append(chat_call(call_id, name, arguments))
+            self.begin_turn()
+        assert self._turn is not None, "a turn has begun"
+        return self._turn
 
     def add_answer(self, call_id: str, content: str | list[dict[str, str]]) -> None:
         """A tool's answer."""
         self._turn = None
         self.messages.append(tool_message(call_id, content))
+
+
+def with_server_calls(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the calls that this server ran as messages of their own: a call, its answer, what came next."""
+    made: list[Message] = []
+    for message in messages:
+        calls = message.get(SERVER_CALLS)
+        if not calls:
+            made.append(message)
+            continue
+        conversation, told = Conversation(), 0
+        for call in calls:
+            conversation.add_text(message["content"][told : call["after"]])
+            conversation.add_call(call["id"], call["name"], call["arguments"])
+            conversation.add_answer(call["id"], call["result"])
+            told = call["after"]
+        rest = {name: value for name, value in message.items() if name != SERVER_CALLS}
+        last = {**rest, "content": message["content"][told:]}
+        made += [*conversation.messages, *([last] if last["content"] or "tool_calls" in last else [])]
+    return made
 
 
 # ---- /v1/responses
@@ -107,9 +142,7 @@ def _add_item(conversation: Conversation, item: Object, resolve: Callable[[str],
             call_id = filled_text(item.get("call_id"), f"{where}.call_id")
             conversation.add_answer(call_id, _texts(item.get("output"), f"{where}.output"))
         case "mcp_call":
-            call_id, name, arguments = _call_fields(item, "id", where)
-            conversation.add_call(call_id, name, arguments)
-            conversation.add_answer(call_id, mcp_call_text(item))
+            conversation.add_server_call(*_call_fields(item, "id", where), mcp_call_text(item))
         case "reasoning" | "mcp_list_tools":
             pass  # nothing that the model is shown again
         case "item_reference":
@@ -250,34 +283,27 @@ def _add_user_blocks(conversation: Conversation, blocks: list[Any], where: str) 
 
 
 def _add_assistant_blocks(conversation: Conversation, blocks: list[Any], where: str) -> None:
-    """One turn, in pieces where a tool that the server ran answered in between."""
-    turn = Conversation()
-    texts: list[str] = []
-
-    def flush() -> None:
-        if texts:
-            turn.add_text("".join(texts))
-            texts.clear()
-
+    """One turn, with the calls that the server ran in the course of it."""
+    conversation.begin_turn()
+    results = {
+        str(block.get("tool_use_id")): (block.get("content"), f"{where}[{i}].content")
+        for i, block in enumerate(blocks)
+        if isinstance(block, Mapping) and block.get("type") == "mcp_tool_result"
+    }
     for i, item in enumerate(blocks):
         block, at = as_object(item, f"{where}[{i}]"), f"{where}[{i}]"
-        match block.get("type"):
-            case "tool_use" | "mcp_tool_use":
-                flush()
-                call_id = filled_text(block.get("id"), f"{at}.id")
-                name = filled_text(block.get("name"), f"{at}.name")
-                turn.add_call(call_id, name, json_text(as_object(block.get("input"), f"{at}.input"), f"{at}.input"))
-            case "mcp_tool_result":
-                flush()
-                call_id = filled_text(block.get("tool_use_id"), f"{at}.tool_use_id")
-                content = block.get("content")
-                turn.add_answer(call_id, content_of(_block_texts("" if content is None else content, f"{at}.content")))
-            case "thinking" | "redacted_thinking":
-                pass  # not shown to the model again
-            case _:
-                texts.append(_block_text(block, at))
-    flush()
-    conversation.messages += turn.messages or [{"role": "assistant", "content": ""}]
+        kind = block.get("type")
+        if kind in ("tool_use", "mcp_tool_use"):
+            call_id, name = filled_text(block.get("id"), f"{at}.id"), filled_text(block.get("name"), f"{at}.name")
+            arguments = json_text(as_object(block.get("input"), f"{at}.input"), f"{at}.input")
+            if kind == "tool_use":
+                conversation.add_call(call_id, name, arguments)
+            else:
+                answer, place = results.get(call_id, ("", ""))
+                result = "".join(_block_texts("" if answer is None else answer, place))
+                conversation.add_server_call(call_id, name, arguments, result)
+        elif kind not in ("mcp_tool_result", "thinking", "redacted_thinking"):  # thinking is not shown again
+            conversation.add_text(_block_text(block, at), goes_on=True)
 
 
 def _block_texts(content: Any, where: str) -> list[str]:

@@ -45,6 +45,7 @@ _REFUSED = {
 }
 
 _DIAGNOSTICS = (Field("previous_message_id", "string", max_length=MAX_NAME_CHARS),)
+_METADATA = (Field("user_id", "string", max_length=MAX_NAME_CHARS),)
 _TEXT = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
 
 PROMPT_FIELDS = (
@@ -71,7 +72,8 @@ MESSAGE_FIELDS = all_fields(
         Field("temperature", "number", minimum=0, maximum=2, default=1.0),
         Field("top_p", "number", minimum=0, maximum=1, default=1.0),
         Field("top_k", "integer", minimum=0, maximum=2**31 - 1, default=0),
-        Field("metadata", "object", "user_id is accepted."),
+        Field("metadata", "object", "user_id names the session: Claude Code sends it.",
+              read=lambda value, path: read_fields(value, _METADATA, path)),
         Field("diagnostics", "object", "previous_message_id: tell why the cache was missed.",
               read=lambda value, path: read_fields(value, _DIAGNOSTICS, path)),
     ),
@@ -102,11 +104,10 @@ class Messages:
         values = read_fields(body, MESSAGE_FIELDS)
         ask = self._read(body, values, request)
         api.admit()
-        message_id = f"msg_{uuid.uuid4().hex}"
         if values["stream"]:
             events = await api.service.chat(ask.turn, caller)
-            return api.stream(request, TurnChunks(self._stream(events, ask, caller, message_id), events))
-        return json_response(await api.collect(request, self._whole(ask, caller, message_id)))
+            return api.stream(request, TurnChunks(self._stream(events, ask, caller), events))
+        return json_response(await api.collect(request, self._whole(ask, caller)))
 
     async def count_tokens(self, request: Request) -> Response:
         """POST /v1/messages/count_tokens."""
@@ -114,20 +115,18 @@ class Messages:
         ask = self._read(body, read_fields(body, PROMPT_FIELDS), request)
         return json_response({"input_tokens": self._api.service.count_tokens(ask.turn)})
 
-    async def _whole(self, ask: _Ask, caller: Caller, message_id: str) -> dict[str, Any]:
-        builder = MessageBuilder(message_id, ask.model)
+    async def _whole(self, ask: _Ask, caller: Caller) -> dict[str, Any]:
+        builder = MessageBuilder(ask.turn.request_id, ask.model)
         async with closing(await self._api.service.chat(ask.turn, caller)) as events:
             async for turn_event in events:
                 builder.feed(turn_event)
         _check(builder)
         message = builder.message(self._diagnostics(ask, caller, builder))
-        self._remember(ask, caller, builder, message_id)
+        self._remember(ask, caller, builder)
         return message
 
-    async def _stream(
-        self, events: AsyncIterator[TurnEvent], ask: _Ask, caller: Caller, message_id: str
-    ) -> AsyncGenerator[bytes, None]:
-        builder = MessageBuilder(message_id, ask.model)
+    async def _stream(self, events: AsyncIterator[TurnEvent], ask: _Ask, caller: Caller) -> AsyncGenerator[bytes, None]:
+        builder = MessageBuilder(ask.turn.request_id, ask.model)
         async with closing(events):
             for made in builder.start():
                 yield event(made, made["type"])
@@ -136,7 +135,7 @@ class Messages:
                 for made in builder.feed(turn_event):
                     yield event(made, made["type"])
         _check(builder)
-        self._remember(ask, caller, builder, message_id)
+        self._remember(ask, caller, builder)
         for made in builder.end(self._diagnostics(ask, caller, builder)):
             yield event(made, made["type"])
 
@@ -152,7 +151,7 @@ class Messages:
         tool_choice, parallel = _read_tool_choice(values["tool_choice"], tools)
         ours: Mapping[str, Any] = values["jaxcept"] or {}
         turn = ChatTurn(
-            request_id=api.request_id(request),
+            request_id=f"msg_{uuid.uuid4().hex}",  # a client's X-Request-Id may come twice
             messages=messages,
             params=_read_params(values, api),
             tools=tools,
@@ -166,9 +165,9 @@ class Messages:
         compare_with = None if wanted is None else wanted["previous_message_id"] or ""
         return _Ask(turn, model, PromptDigest.of(messages, tools, model=model), compare_with)
 
-    def _remember(self, ask: _Ask, caller: Caller, builder: MessageBuilder, message_id: str) -> None:
+    def _remember(self, ask: _Ask, caller: Caller, builder: MessageBuilder) -> None:
         answer = messages_of_anthropic(None, [{"role": "assistant", "content": builder.content}])
-        self._book.put(caller.salt, message_id, ask.digest.followed_by(answer))
+        self._book.put(caller.salt, ask.turn.request_id, ask.digest.followed_by(answer))
 
     def _diagnostics(self, ask: _Ask, caller: Caller, builder: MessageBuilder) -> dict[str, Any] | None:
         """Where the request differs from the message that it goes on from; None where nobody asked."""
@@ -268,15 +267,18 @@ def _read_tool_choice(choice: Any, tools: Sequence[Mapping[str, Any]]) -> tuple[
 
 
 def _read_hints(hints: Hints, values: Body) -> Hints:
-    """The hints, with the longest ttl of the cache marks."""
+    """The hints, with the longest ttl of the cache marks and the session's name."""
     ttls = [
         _ttl(holder["cache_control"], f"{path}.cache_control".lstrip("."))
         for path, holder in _cache_marks(values)
         if holder.get("cache_control") is not None
     ]
-    if not ttls or hints.hold_ttl_s is not None:
-        return hints
-    return replace(hints, hold_ttl_s=max(ttls))
+    session = (values.get("metadata") or {}).get("user_id")
+    return replace(
+        hints,
+        hold_ttl_s=max(ttls) if ttls and hints.hold_ttl_s is None else hints.hold_ttl_s,
+        conversation=hints.conversation or session,
+    )
 
 
 def _ttl(mark: Any, path: str) -> float:

@@ -166,7 +166,7 @@ class Responses:
         instructions = values["instructions"]
         system = [{"role": "system", "content": instructions}] if instructions else []
         turn = ChatTurn(
-            request_id=api.request_id(request),
+            request_id=response_id,  # a client's X-Request-Id may come twice
             messages=[*system, *messages],
             params=read_params(values, api.options),
             tools=tools.client,
