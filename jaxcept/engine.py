@@ -159,7 +159,8 @@ class Engine:
             "waste_recompute": waste.recompute,
         }
         figures |= {name: getattr(counters, name) for name in counters.__slots__ if name != "finished"}
-        figures |= {f"finished_{reason}": count for reason, count in list(counters.finished.items())}  # other threads ask too
+        finished = list(counters.finished.items())  # other threads ask too
+        figures |= {f"finished_{reason}": count for reason, count in finished}
         if self.costs is not None and self.costs.relative_error is not None:
             figures["step_prediction_error"] = self.costs.relative_error
         return figures
