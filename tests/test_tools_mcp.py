@@ -229,7 +229,7 @@ def test_an_answer_over_the_limit_harms_only_its_own_call(server_file: Path, mon
             return await asyncio.gather(*(box.call(each, 20.0) for each in calls))
 
         big, added = asyncio.run(both())
-        assert big.text == "error: RuntimeError: MCP server 'demo': the answer was over 1,000,000 bytes"
+        assert big.text == "error: MCP server 'demo': the answer was over 1,000,000 bytes"
         assert added.text == "3"
         cut = call(box, "big", n=500_000).text
         assert cut.endswith("[cut: the output had 500,000 characters, the first 100,000 characters are shown]")

@@ -250,7 +250,7 @@ def test_configured_headers_go_to_the_configured_host_alone(tmp_path: Path, serv
     ("name", "outcome", "text"),
     [
         ("gone", Outcome.ERROR, "error: HTTP 404: no such pet"),
-        ("broken", Outcome.FAILED, "error: RuntimeError: HTTP 503: try later"),
+        ("broken", Outcome.FAILED, "error: HTTP 503: try later"),
         ("picture", Outcome.ANSWERED, "[image/png, 6 bytes, not shown]"),
         ("invalid", Outcome.ANSWERED, "a\ufffd\ufffdb"),
         ("empty", Outcome.ANSWERED, "HTTP 204, without content"),

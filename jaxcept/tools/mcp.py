@@ -23,7 +23,7 @@ from jaxcept.tools.definition import Tool
 from jaxcept.tools.mcp_config import McpServerSpec
 from jaxcept.tools.mcp_http import http_client
 from jaxcept.tools.mcp_stdio import MAX_MESSAGE_BYTES, LastWords, stdio_transport
-from jaxcept.tools.output import ToolError, output_text
+from jaxcept.tools.output import ToolError, ToolFailedError, output_text
 from jaxcept.tools.workers import LoopThread
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class McpServer:
                 self._lose(client, error.message)
             if error.code in (mcp_types.INVALID_PARAMS, mcp_types.METHOD_NOT_FOUND):
                 raise ToolError(error.message) from error
-            raise RuntimeError(f"MCP server {self.spec.name!r}: {error.message}") from error
+            raise ToolFailedError(f"MCP server {self.spec.name!r}: {error.message}") from error
         except asyncio.CancelledError:
             self._probe_soon(client)  # it ran out of time: is the server alive at all?
             raise

@@ -24,7 +24,7 @@ from jaxcept.tools.http_fetch import Answer, HttpFetch
 from jaxcept.tools.openapi_operation import MAX_DESCRIPTION_CHARS, check_url, read_operation, server_url
 from jaxcept.tools.openapi_request import Operation
 from jaxcept.tools.openapi_schema import Document
-from jaxcept.tools.output import ToolError
+from jaxcept.tools.output import ToolError, ToolFailedError
 from jaxcept.tools.variables import expand, texts
 from jaxcept.tools.workers import LoopThread
 
@@ -229,7 +229,7 @@ def _decode(data: bytes, where: str) -> Any:
 
 
 def _answer_text(answer: Answer) -> str:
-    """An answer as text for the model. Raises ToolError if the server refuses the call, RuntimeError if it fails."""
+    """An answer as text for the model. Raises ToolError if the server refuses the call, ToolFailedError if it fails."""
     kind = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
     is_text = kind == "" or kind.startswith("text/") or kind.endswith(("json", "xml", "javascript", "yaml"))
     if answer.headers.get("content-encoding", "identity").lower() != "identity":
@@ -246,5 +246,5 @@ def _answer_text(answer: Answer) -> str:
         raise ToolError(f"HTTP {answer.status}: a redirect to {target!r}, which is not followed")
     told = f"HTTP {answer.status}: {text[:1000]}"
     if answer.status == 429 or answer.status >= 500:
-        raise RuntimeError(told)
+        raise ToolFailedError(told)
     raise ToolError(told)

@@ -17,6 +17,10 @@ class ToolError(Exception):
     """Raised by a tool that works and cannot do what this call asks: its message goes to the model as it is."""
 
 
+class ToolFailedError(Exception):
+    """Raised by a tool that does not work at present: its message goes to the model as it is."""
+
+
 def output_text(value: Any, max_chars: int = MAX_OUTPUT_CHARS) -> str:
     """A tool's return value as text: strings as they are, bytes as UTF-8, the rest (None too) as compact JSON.
 
@@ -35,12 +39,12 @@ def output_text(value: Any, max_chars: int = MAX_OUTPUT_CHARS) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    """An exception as text for the model: "error: TypeError: …"; a ToolError without its type."""
+    """An exception as text for the model: "error: TypeError: …"; a ToolError or ToolFailedError without its type."""
     try:
         detail = str(error)
     except Exception as broken:  # an exception's own __str__ may raise, and the model is still owed an answer
         detail = f"(its message cannot be shown: {type(broken).__name__})"
-    if isinstance(error, ToolError) and detail:
+    if isinstance(error, ToolError | ToolFailedError) and detail:
         return output_text(f"error: {detail}", MAX_ERROR_CHARS)
     name = "Cancelled" if isinstance(error, asyncio.CancelledError) else type(error).__name__
     return output_text(f"error: {name}: {detail}" if detail else f"error: {name}", MAX_ERROR_CHARS)

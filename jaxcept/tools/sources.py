@@ -14,6 +14,7 @@ from jaxcept.tools.definition import Tool, tool
 from jaxcept.tools.executor import Executor
 from jaxcept.tools.guard import ToolLimits
 from jaxcept.tools.load import load_tools
+from jaxcept.tools.process import ProcessTools
 from jaxcept.tools.toolbox import MAX_THREADS, Toolbox
 
 logger = logging.getLogger(__name__)
@@ -86,19 +87,26 @@ class ToolSource:
     def refresh(self) -> None:
         """Make the toolbox anew from what the sources offer."""
         with self._lock:
-            allowed = [made for made in self._every() if self._is_allowed(made.name)]
+            allowed = [made for made in distinct(self._groups()) if self._is_allowed(made.name)]
             self._toolbox = Toolbox(allowed, executor=self._executor)
 
     def check_allowed(self) -> None:
         """Raises ValueError on an allow-list pattern that fits no tool: it is a slip that would hide one."""
-        names = [made.name for made in self._every()]
+        names = [made.name for made in distinct(self._groups())]
         for pattern in self._allow:
             if not any(fnmatchcase(name, pattern) for name in names):
                 shown = ", ".join(names)[:1000] or "none"
                 raise ValueError(f"--allow-tools {pattern}: no tool has such a name; the tools are: {shown}")
 
-    def _every(self) -> list[Tool]:
-        return distinct([("", self._functions), *(group for source in self._sources for group in source.groups())])
+    def check_functions(self) -> None:
+        """Raises ValueError on a name that two functions have."""
+        names = [made.name for group, tools in self._groups() if group == "" for made in tools]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"--tools: two tools are named {twice!r}; give one of them another name")
+
+    def _groups(self) -> list[Group]:
+        return [("", self._functions), *(group for source in self._sources for group in source.groups())]
 
     def _is_allowed(self, name: str) -> bool:
         return not self._allow or any(fnmatchcase(name, pattern) for pattern in self._allow)
@@ -112,22 +120,25 @@ def open_tools(
     limits: ToolLimits = SERVER_LIMITS,
     *,
     allow_hosts: Sequence[str] = (),
+    isolate: bool = False,
 ) -> ToolSource:
     """Open everything that `--tools`, `--mcp` and `--openapi` name, and connect; to be closed by the caller.
 
     `functions` holds "module:attr" and the like (load_tools), Tools or functions; `mcp` what parse_mcp reads, `openapi`
     what parse_openapi reads. `allow` are glob patterns of the names to offer; none offers all. HTTP services on
-    `allow_hosts` may have private addresses. A name that is taken gets its server's name in front: server__name. Raises
+    `allow_hosts` may have private addresses. `isolate` runs the functions that are given by name in processes of their
+    own, which a call that runs out of time ends. A name that is taken gets its server's in front: server__name. Raises
     ValueError, in words for whoever wrote the flags, on anything that cannot be opened.
     """
-    mine = [made for given in functions for made in _functions(given)]
-    names = [made.name for made in mine]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"--tools: two tools are named {twice!r}; give one of them another name")
-    source = ToolSource(mine, allow, limits)
+    apart = [given for given in functions if isolate and isinstance(given, str)]
+    source = ToolSource(
+        [made for given in functions if given not in apart for made in _functions(given)], allow, limits
+    )
     try:
         source.refresh()
+        for spec in apart:
+            source.add(ProcessTools(spec, max_output_chars=limits.max_output_chars))
+        source.check_functions()
         for text in openapi:
             for service in _open_services(text, tuple(allow_hosts)):
                 source.add(service)
