@@ -85,7 +85,7 @@ class _Record:
     turns: dict[int, OpenTurn] = field(default_factory=dict)  # by seq_id
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     num_cached: int = 0
-    num_followed: int = 0  # ids of the context that the request goes on with
+    is_follower: bool = False  # it goes on with the context of an earlier request
 
 
 class Session:
@@ -154,16 +154,16 @@ class Session:
             is_open=is_open,
         )
         followed = self._follow(follows, request) if follows is not None else None
-        seq_ids, num_followed = followed if followed is not None else (self.engine.add(request), 0)
+        seq_ids = followed if followed is not None else self.engine.add(request)
         self._num_added += 1
         transcripts = {seq_id: Transcript(i, watchers[i]) for i, seq_id in enumerate(seq_ids)}
-        record = _Record(request, text, options, toolbox, transcripts, num_followed=num_followed)
+        record = _Record(request, text, options, toolbox, transcripts, is_follower=followed is not None)
         self._records[request_id] = record
         self._by_seq |= dict.fromkeys(seq_ids, record)
 
-    def _follow(self, target: str, request: Request) -> tuple[tuple[int, ...], int] | None:
-        """Takes over the context of a request that is held; its seq_ids and ids, or None where that cannot be:
-        then nobody waits for it any more."""
+    def _follow(self, target: str, request: Request) -> tuple[int] | None:
+        """Takes over the context of a request that is held; its seq_id, or None where that cannot be: then nobody waits
+        for it any more."""
         try:
             seq_id, ended = self.engine.follow(target, request)
         except ValueError as error:
@@ -171,7 +171,7 @@ class Session:
             self.engine.abort(target)
             return None
         self._deltas += self._on_finished(ended)
-        return (seq_id,), len(ended.token_ids)
+        return (seq_id,)
 
     def step(self) -> list[Delta]:
         """Reads the inbox, runs one step of the engine, starts the tools that were called."""
@@ -417,9 +417,9 @@ def _request_output(record: _Record) -> RequestOutput:
 
 def _spent(record: _Record, num_cached: int, interceptions: Sequence[Interception]) -> Spent:
     """What a sequence took; the first interception of one that goes on with a held context is that of the hold."""
-    held = interceptions[0] if record.num_followed and interceptions else None
+    held = interceptions[0] if record.is_follower and interceptions else None
     if held is not None:
-        num_cached = max(num_cached, record.num_followed - 1 - held.num_recomputed)  # its last token is not computed
+        num_cached = max(num_cached, held.num_computed - held.num_recomputed)
     kept = [max(0, each.context_tokens - each.num_recomputed - each.num_swapped) for each in interceptions]
     return Spent(
         cached_tokens=min(num_cached, len(record.request.prompt_ids) - 1),

@@ -42,6 +42,7 @@ class Interception:
     outcome: Outcome
     num_swapped: int = 0  # tokens whose KV came back from the host
     resumed_at: float | None = None  # when the sequence was admitted again; None where it never was
+    num_computed: int = 0  # tokens whose KV was held when it began
 
     @property
     def queued_s(self) -> float:
@@ -86,6 +87,7 @@ class OpenInterception:
             num_cached_on_return=0,
             outcome=self.outcome,
             num_swapped=num_swapped,
+            num_computed=self.num_computed,
         )
 
     def resume(self, now: float, num_kept: int, num_swapped: int, num_recomputed: int, num_cached: int) -> Interception:
