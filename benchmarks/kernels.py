@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from benchmarks.kernels_report import Results, Row
     from benchmarks.kernels_timing import Ceilings, Deadline
 
-SECTIONS = {"decode": 7.0, "prefill": 4.0, "blocks": 3.0, "overlap": 1.0, "step": 5.0}  # parts of the time
+SECTIONS = {"decode": 7.0, "prefill": 4.0, "blocks": 3.0, "overlap": 2.0, "step": 5.0}  # parts of the time
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "numpy")
+START_S = 5.0  # that a process takes to begin
 GRACE_S = 20.0  # that a section gets to end the case it is at
 
 
@@ -90,7 +91,7 @@ def run_apart(args: argparse.Namespace) -> Results:
         budget = left * parts[0] / sum(parts)
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, str(Path(__file__).resolve()), "--in-process", "--quiet", "--preset", preset]
-            command += ["--section", section, "--budget", str(max(1.0, budget - GRACE_S / 2)), "--out", folder]
+            command += ["--section", section, "--budget", str(max(1.0, budget - START_S)), "--out", folder]
             command += ["--interpret-check"] if args.interpret_check else []
             begin, why = time.monotonic(), ""
             try:

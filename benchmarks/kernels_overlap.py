@@ -38,7 +38,8 @@ class Beside(NamedTuple):
 def run_overlap(preset: Preset, deadline: Deadline) -> Iterator[dict[str, Any]]:
     """A record for each way and each kind of step."""
     device = jax.devices()[0]
-    on_device = jax.sharding.SingleDeviceSharding(device)
+    # Named, as a sharding that names no memory leaves arrays where they are.
+    on_device = jax.sharding.SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
     on_host = on_device.with_memory_kind("pinned_host")
     blocks = gathered(preset)
     sent = jax.block_until_ready(jax.device_put(blocks, on_host))  # pins the memory, which takes long

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 WRONG = "WRONG"  # begins the note of a row whose result is
 INTERPRETED = "pallas interpreted"
@@ -146,6 +147,47 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
+class Aim(NamedTuple):
+    """What a kernel is meant to reach."""
+
+    kernel: str
+    least: float  # share of the ceiling
+    ceiling: str  # name in Ceilings
+    at: str  # the cases that it is for
+    takes: Callable[[Sequence[int]], bool]  # of the numbers in a case's name
+
+
+AIMS = (
+    Aim("decode", 0.8, "copy", "batch 32 and context 2048 or more", lambda n: n[0] >= 32 and n[1] >= 2048),
+    Aim("prefill", 0.45, "matrix", "chunks of 2048", lambda n: n[1] >= 2048),
+    Aim("gather_blocks", 0.85, "copy", "8 blocks or more", lambda n: n[0] >= 8),
+    Aim("scatter_blocks", 0.85, "copy", "8 blocks or more", lambda n: n[0] >= 8),
+)
+
+
+def aims_met(results: Results, implementation: str = "pallas") -> list[str]:
+    """For each aim, how many of its cases reach it, and which is furthest from it."""
+    lines = []
+    for aim in AIMS:
+        ceiling = results.ceilings.get(section_of(aim.kernel), {}).get(aim.ceiling)
+        shares = [
+            ((row.flops if aim.ceiling == "matrix" else row.bytes) / row.seconds / ceiling, f"{row.shape}, {row.case}")
+            for row in results.rows
+            if row.kernel == aim.kernel
+            and row.implementation == implementation
+            and row.seconds
+            and ceiling
+            and aim.takes([int(number) for number in re.findall(r"\d+", row.case)])
+        ]
+        if shares:
+            reached, (worst, where) = sum(share >= aim.least for share, _ in shares), min(shares)
+            lines.append(
+                f"- {aim.kernel}, {aim.at}: {reached} of {len(shares)} cases reach {aim.least:.0%} of the measured "
+                f"{aim.ceiling} rate; the least is {worst:.0%} ({where})"
+            )
+    return lines
+
+
 def report(results: Results) -> str:
     """The whole run as Markdown."""
     versions = ", ".join(f"{name} {number}" for name, number in results.versions.items())
@@ -161,7 +203,7 @@ def report(results: Results) -> str:
             f"matrix product {c['matrix'] / 1e12:.2f} TFLOP/s ({c['dtype']})"
         )
     if results.rows:
-        parts += ["", "## Kernels", "", kernel_table(results)]
+        parts += ["", "## Kernels", "", *aims_met(results), "", kernel_table(results)]
     for title, rows in (("Transfers beside steps", results.overlap), ("The engine's step", results.steps)):
         if rows:
             parts += ["", f"## {title}", "", records(rows)]
@@ -230,7 +272,8 @@ def save_roofline(results: Results, path: Path) -> list[Path]:
     right.set(xscale="log", yscale="log", xlabel="bytes of a call", ylabel="GB/s", title="Bytes moved")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize="x-small")
     figure.suptitle(f"{results.device}, {results.date}")
     figure.savefig(path)
     return [path]

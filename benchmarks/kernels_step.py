@@ -7,12 +7,15 @@ device tells which kernels the rest goes to.
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
+import os
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,6 +47,7 @@ def run_step(preset: Preset, ceilings: Ceilings, deadline: Deadline) -> Iterator
             yield from run_model(preset, implementation, ceilings, deadline)
         except Exception as error:  # the others are measured all the same
             yield {"what": f"{preset.step.shape.name}, {implementation}", "note": reason(error)}
+        gc.collect()  # the next one's weights and pool need the room
 
 
 def implementations(dtype: str) -> list[Implementation]:
@@ -121,9 +125,11 @@ def make_runner(model: Model, step: EngineStep, context: int, block_size: int) -
     wanted = {f"{kind} {batch}{end}" for batch in step.batches for kind, end in (("step", ""), ("sample", " greedy"))}
     jobs = runner._lowerings()
     if (wanted | {"rows"}) <= {what for what, _, _ in jobs}:
-        for what, keep, lower in jobs:
-            if what in wanted | {"rows"}:
-                keep(lower().compile())
+        with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+            needed = [(keep, lower()) for what, keep, lower in jobs if what in wanted | {"rows"}]
+            compiling = [(keep, threads.submit(lowered.compile)) for keep, lowered in needed]
+            for keep, future in compiling:
+                keep(future.result())
     else:
         runner.warm_up()
     return runner
@@ -165,8 +171,11 @@ class Driver:
     def kernels(self, batch: int) -> list[str]:
         """What the device spends a step's time on, the longest first; empty where the profiler sees no device."""
         with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
-                self._queue(batch, 4)
+            try:
+                with jax.profiler.trace(folder):
+                    self._queue(batch, 4)
+            except RuntimeError as error:  # a profiler that is not allowed here
+                return [reason(error)]
             events = [event for path in Path(folder).rglob("*.trace.json.gz") for event in read_trace(path)]
         return [f"{name} {spent * 1e3 / 4:.3f} ms" for name, spent in device_times(events)[:TOP_KERNELS]]
 

@@ -220,31 +220,38 @@ def run_often(function: Callable[[Any], Any], x: Any, count: int) -> Any:
 class Ceilings(NamedTuple):
     """What the device reaches on the simplest work, in this run."""
 
-    copy: float  # bytes read and written a second, of a large array copied on the device
+    copy: float  # bytes read and written a second, over a large array
     read: float  # bytes read a second, of a large array summed
     matrix: float  # floating-point operations a second, of a large square product in the cases' dtype
     dtype: str
 
 
 def measure_ceilings(preset: Preset) -> Ceilings:
-    """Medians over rounds. The copy is the faster of XLA's own copy and of an elementwise kernel."""
-    words = noise((preset.copy_bytes // 4096, 1024), jnp.float32)
+    """Medians over rounds. The copy is the faster of one to elsewhere, and of a pass over an array in its place."""
     matrix = noise((preset.matrix, preset.matrix), preset.dtype)
+    product = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=x.dtype))
+    matrix_s = _median_of(lambda count: run_often(product, matrix, count), preset)
+    holder = [noise((preset.copy_bytes // 4096, 1024), jnp.float32)]
+    size, total, copy = holder[0].nbytes, jax.jit(jnp.sum), jax.jit(jnp.copy)
+    read_s = _median_of(lambda count: run_often(total, holder[0], count), preset)
+    copy_s = _median_of(lambda count: run_often(copy, holder[0], count), preset)
+    add = jax.jit(lambda x: x + jnp.float32(1), donate_argnums=0)
 
-    def rate(function: Callable[[jax.Array], jax.Array], x: jax.Array, amount: float) -> float:
-        compiled = jax.jit(function).lower(x).compile()
-        spent, _ = timed(partial(compiled, x))
-        spent, _ = timed(partial(compiled, x))
-        calls = max(1, min(8, math.ceil(preset.round_s / spent)))
-        rounds = [timed(lambda: run_often(compiled, x, calls))[0] / calls for _ in range(preset.rounds)]
-        return amount / median(rounds)
+    def pass_over(count: int) -> jax.Array:
+        for _ in range(count):
+            holder[0] = add(holder[0])
+        return holder[0]
 
-    size = words.nbytes
-    copies = (rate(jnp.copy, words, 2 * size), rate(lambda x: x + jnp.float32(1), words, 2 * size))
-    read = rate(jnp.sum, words, size)
-    del words
-    product = rate(lambda x: jnp.dot(x, x, preferred_element_type=x.dtype), matrix, 2 * preset.matrix**3)
-    return Ceilings(max(copies), read, product, preset.dtype)
+    copy_s = min(copy_s, _median_of(pass_over, preset))
+    return Ceilings(2 * size / copy_s, size / read_s, 2 * preset.matrix**3 / matrix_s, preset.dtype)
+
+
+def _median_of(queue: Callable[[int], Any], preset: Preset) -> float:
+    """Median seconds of one of the calls that `queue` is told to make."""
+    timed(lambda: queue(1))
+    spent, _ = timed(lambda: queue(1))
+    calls = max(1, min(16, math.ceil(preset.round_s / spent)))
+    return median(timed(lambda: queue(calls))[0] / calls for _ in range(preset.rounds))
 
 
 def noise(shape: tuple[int, ...], dtype: Any, seed: int = 0) -> jax.Array:

@@ -29,7 +29,7 @@ from benchmarks.kernels_cases import (
     move_work,
     write_work,
 )
-from benchmarks.kernels_report import Results, Row, kernel_table, report, save
+from benchmarks.kernels_report import Results, Row, aims_met, kernel_table, report, save
 from benchmarks.kernels_timing import Contender, Deadline, Stopwatch, compile_all, judge, noise, relative_error, repeat
 from jaxcept.runner.runner import DeviceRunner
 from jaxcept_kernels.attention import paged_attention, write_kv
@@ -172,6 +172,18 @@ def test_the_table_tells_shares_and_ratios() -> None:
     assert lines[3][4:] == ["", "", "", "", "", "", "", "WRONG: 3"] and RESULTS.rows[3].is_wrong
 
 
+def test_aims_are_judged_by_their_worst_case() -> None:
+    slow = Row("decode", "llama-3-8b", "64 x 8192", "pallas", 1e-3, 10**9, 10**10)
+    small = Row("decode", "llama-3-8b", "1 x 8192", "pallas", 1.0, 10**9, 10**10)
+    lines = aims_met(replace(RESULTS, rows=[*RESULTS.rows, slow, small]))
+    assert lines == [
+        "- decode, batch 32 and context 2048 or more: 1 of 2 cases reach 80% of the measured copy rate; "
+        "the least is 50% (llama-3-8b, 64 x 8192)",
+        "- prefill, chunks of 2048: 1 of 1 cases reach 45% of the measured matrix rate; the least is 50% "
+        "(gpt-j-6b, 1 x 2048 of 2048)",
+    ]
+
+
 def test_results_are_saved_and_read_again(tmp_path: Path) -> None:
     paths = save(RESULTS, tmp_path)
     assert [path.name for path in paths] == ["kernels.json", "kernels.md", "kernels.svg"]
@@ -242,6 +254,18 @@ def test_sections_are_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # What only a GPU runs.
+
+
+def test_a_kernel_that_the_device_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # what interprets here stands for the GPU's kernel
+    monkeypatch.setattr(kernels_attention, "PEER_CONTEXT", 64)  # which the peer takes in 16 splits
+    preset = replace(TINY, batches=(1,), contexts=(64,), writes=(4,), moves=(), rounds=1)
+    decoded = {row.implementation: row for row in kernels_attention.run_attention(preset, preset.steps("decode"), SOON)}
+    assert list(decoded) == ["xla", "pallas", "jax"]
+    assert decoded["pallas"].seconds and 0 < decoded["pallas"].error < 1e-5 and not decoded["pallas"].note
+    assert decoded["jax"].seconds is None and "divisible" in decoded["jax"].note
+    written = {row.implementation: row for row in kernels_blocks.run_blocks(preset, SOON)}
+    assert list(written) == ["xla", "pallas"] and written["pallas"].seconds and written["pallas"].error == 0
 
 
 def lowered(function: Callable[..., object], *args: object) -> str:
