@@ -33,28 +33,30 @@ def make_batch(
     pad_entries: int = 0,
     columns: int | None = None,
     poison: bool = True,
+    shared: int = 0,
 ) -> Batch:
-    """A batch whose sequences hold random blocks. Slots that no token fills hold NaN where `poison` says so."""
-    size, layers = layout.block_size, layout.num_layers
+    """A batch whose sequences hold random blocks, given as (tokens in the pool, tokens of this step).
+
+    Slots that no token fills hold NaN where `poison` says so. `shared`: so many first blocks, as far as both have
+    them full, are those of the first sequence.
+    """
+    size = layout.block_size
     lengths = [before + count for before, count in spans]
-    needed = [-(-length // size) for length in lengths]
-    ids = rng.permutation(layout.num_blocks)
-    assert sum(needed) <= layout.num_blocks, "the pool is too small for the batch"
-    tables = [ids[sum(needed[:i]) : sum(needed[: i + 1])] for i in range(len(needed))]
-    columns = max([*needed, 1]) + 2 if columns is None else columns
+    tables = make_tables(rng, layout, spans, shared)
+    longest = max([len(blocks) for blocks in tables], default=1)
+    columns = max(longest, 1) + 2 if columns is None else columns
     table = rng.integers(
         -(2**31), 2**31 - 1, (len(spans) + pad_entries, columns), dtype=np.int64
     )  # garbage past the end
     for i, blocks in enumerate(tables):
         table[i, : len(blocks)] = blocks
-    fill = np.nan if poison else 0.0
-    parts = [np.full(layout.shape, fill, np.float32) for _ in range(2)]
+    by_layer = (layout.num_layers, layout.num_blocks, *layout.shape[1:])
+    parts = [np.full(by_layer, np.nan if poison else 0.0, np.float32) for _ in range(2)]
     for part in parts:
         for blocks, (before, _) in zip(tables, spans, strict=True):
-            for layer in range(layers):
-                for position in range(before):
-                    row = layer * layout.num_blocks + blocks[position // size]
-                    part[row, :, position % size] = rng.standard_normal((layout.num_kv_heads, layout.head_dim))
+            at = np.arange(before)
+            drawn = rng.standard_normal((before, layout.num_layers, layout.num_kv_heads, layout.head_dim))
+            part[:, blocks[at // size], :, at % size] = drawn
     total = sum(count for _, count in spans)
     positions = np.zeros(total + pad_tokens, np.int32)
     slots = np.full(total + pad_tokens, layout.num_blocks * size, np.int32)
@@ -77,8 +79,24 @@ def make_batch(
     q = rng.standard_normal((total + pad_tokens, heads, layout.head_dim))
     k, v = rng.standard_normal(shape), rng.standard_normal(shape)
     dtype = layout.dtype
-    pool = KVPool(*(jnp.asarray(part, dtype) for part in parts))
+    pool = KVPool(*(jnp.asarray(part.reshape(layout.shape), dtype) for part in parts))
     return Batch(jnp.asarray(q, dtype), jnp.asarray(k, dtype), jnp.asarray(v, dtype), meta, pool, tables)
+
+
+def make_tables(
+    rng: np.random.Generator, layout: KVLayout, spans: Sequence[tuple[int, int]], shared: int
+) -> list[np.ndarray]:
+    """Each sequence's blocks, scattered over the pool; see `make_batch`."""
+    size = layout.block_size
+    ids = rng.permutation(layout.num_blocks)
+    tables: list[np.ndarray] = []
+    for before, count in spans:
+        common = min(shared, before // size, spans[0][0] // size) if tables else 0
+        fresh = -(-(before + count) // size) - common
+        assert fresh <= len(ids), "the pool is too small for the batch"
+        tables.append(np.concatenate([tables[0][:common] if tables else ids[:0], ids[:fresh]]))
+        ids = ids[fresh:]
+    return tables
 
 
 def written_pool(batch: Batch, layout: KVLayout, layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -95,28 +113,36 @@ def written_pool(batch: Batch, layout: KVLayout, layer: int) -> tuple[np.ndarray
 
 
 def attention_in_float64(
-    batch: Batch, layout: KVLayout, layer: int, spans: Sequence[tuple[int, int]], scale: float
+    batch: Batch,
+    layout: KVLayout,
+    layer: int,
+    spans: Sequence[tuple[int, int]],
+    scale: float,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> np.ndarray:
     """[tokens, heads, head_dim], zeros for padding tokens."""
     keys, values = (np.asarray(part, np.float64) for part in written_pool(batch, layout, layer))
     q = np.asarray(batch.q, np.float64)
     out = np.zeros(q.shape)
-    group = q.shape[1] // layout.num_kv_heads
     row = 0
     for blocks, (before, count) in zip(batch.tables, spans, strict=True):
-        rows = layer * layout.num_blocks + blocks
-        length = before + count
-
-        def context(part: np.ndarray, rows: np.ndarray = rows, length: int = length) -> np.ndarray:
-            gathered: np.ndarray = part[rows].swapaxes(1, 2)
-            return gathered.reshape(-1, part.shape[1], part.shape[3])[:length]
-
-        k, v = context(keys), context(values)  # [context, kv_heads, head_dim]
-        for i in range(count):
-            visible = before + i + 1
-            for head in range(q.shape[1]):
-                scores = k[:visible, head // group] @ q[row, head] * scale
-                weights = np.exp(scores - scores.max())
-                out[row, head] = weights @ v[:visible, head // group] / weights.sum()
-            row += 1
+        context = layer * layout.num_blocks + blocks
+        # [context, kv_heads, head_dim]
+        k, v = (
+            part[context].swapaxes(1, 2).reshape(-1, *part.shape[1::2])[: before + count] for part in (keys, values)
+        )
+        at, key = np.arange(before, before + count)[:, None], np.arange(before + count)[None, :]
+        seen = key <= at if window is None else (key <= at) & (key > at - window)
+        for head in range(q.shape[1]):
+            of = head // (q.shape[1] // layout.num_kv_heads)
+            scores = q[row : row + count, head] @ k[:, of].T * scale
+            if soft_cap is not None:
+                scores = soft_cap * np.tanh(scores / soft_cap)
+            for i in range(count):  # by the row, so that a NaN reaches who sees it and nobody else
+                reach = scores[i, seen[i]]
+                weights = np.exp(reach - reach.max())
+                out[row + i, head] = weights @ v[seen[i], of] / weights.sum()
+        row += count
     return out

@@ -1,4 +1,4 @@
-"""The Pallas kernels: interpreted against NumPy in float64, and lowered for CUDA without a GPU."""
+"""The Pallas kernels: tiles of several sizes, and lowered for CUDA without a GPU."""
 
 from collections.abc import Callable
 
@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from kernel_batches import Batch, attention_in_float64, make_batch, written_pool
 
-from jaxcept_kernels.blocks import copy_blocks, gather_blocks, scatter_blocks
 from jaxcept_kernels.layout import KVLayout, KVPool
-from jaxcept_kernels.pallas.blocks import copy_blocks_pallas, gather_blocks_pallas, scatter_blocks_pallas
+from jaxcept_kernels.pallas.blocks import copy_blocks_pallas, gather_each_pallas, scatter_each_pallas
 from jaxcept_kernels.pallas.ragged_attention import ragged_paged_attention
 from jaxcept_kernels.pallas.tiles import AttentionTiles, Tile
 from jaxcept_kernels.pallas.write_kv import write_kv_pallas
@@ -52,47 +51,6 @@ def test_mixed_batches_in_float32(heads: int, kv_heads: int, head_dim: int, tile
     check(batch, layout, 2e-6, tiles=tiles)
 
 
-@pytest.mark.parametrize(("dtype", "block_size"), [("bfloat16", 32), ("float16", 64)])
-def test_half_precision(dtype: str, block_size: int) -> None:
-    layout = make_layout(dtype, block_size=block_size)
-    check(make_batch(np.random.default_rng(1), layout, 8, MIXED), layout, 8e-3)
-
-
-def test_a_window_and_a_soft_cap() -> None:
-    layout = make_layout()
-    batch = make_batch(np.random.default_rng(2), layout, 4, MIXED, pad_tokens=2)
-    out, _ = run(batch, layout, window=40, soft_cap=1.5, tiles=SMALL)
-    keys, values = (part.astype(np.float64) for part in written_pool(batch, layout, 1))
-    row = 0
-    for blocks, (before, count) in zip(batch.tables, MIXED, strict=True):
-        k, v = (part[64 + blocks].swapaxes(1, 2).reshape(-1, 2, 32) for part in (keys, values))
-        for i in range(before, before + count):
-            reach = slice(max(0, i - 39), i + 1)
-            for head in range(4):
-                scores = 1.5 * np.tanh(k[reach, head // 2] @ np.asarray(batch.q, np.float64)[row, head] * SCALE / 1.5)
-                weights = np.exp(scores - scores.max())
-                want = weights @ v[reach, head // 2] / weights.sum()
-                np.testing.assert_allclose(out[row, head], want, rtol=0, atol=5e-6)
-            row += 1
-    assert not out[row:].any()
-
-
-def test_blocks_move_to_the_bit() -> None:
-    layout = make_layout(num_layers=3, num_kv_heads=3, head_dim=20, num_blocks=12)
-    rng = np.random.default_rng(3)
-    pool = KVPool(*(jnp.asarray(rng.standard_normal(layout.shape), jnp.float32) for _ in range(2)))
-    ids, others = jnp.asarray([7, 0, 11, 12, -1], jnp.int32), jnp.asarray([0, 5, 2, 3, 4], jnp.int32)
-    staging = gather_blocks(pool, layout, ids)
-    pairs = [
-        (gather_blocks_pallas(pool, layout, ids), staging),
-        (scatter_blocks_pallas(pool, layout, ids, staging), scatter_blocks(pool, layout, ids, staging)),
-        (copy_blocks_pallas(pool, layout, ids, others), copy_blocks(pool, layout, ids, others)),
-    ]
-    for got, want in pairs:
-        for part, expected in zip(got, want, strict=True):
-            np.testing.assert_array_equal(part, expected)
-
-
 def lowered(function: Callable[..., object], *args: object) -> str:
     return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
@@ -107,9 +65,10 @@ def test_every_kernel_lowers_for_cuda(dtype: str, head_dim: int) -> None:
     def step(batch: Batch) -> object:
         pool = write_kv_pallas(batch.pool, batch.k, batch.v, batch.meta, layout, 1)
         out = ragged_paged_attention(batch.q, pool, batch.meta, layout, 1, scale=SCALE, window=9, soft_cap=2.0)
-        return out, copy_blocks_pallas(pool, layout, ids, ids)
+        pool = copy_blocks_pallas(pool, layout, ids, ids)
+        return out, scatter_each_pallas(pool, layout, ids, gather_each_pallas(pool, layout, ids))
 
     text = lowered(step, batch)
     assert "triton" in text
-    for name in ("write_kv", "decode_attention", "prefill_attention", "gather_blocks", "scatter_blocks"):
+    for name in ("write_kv", "decode_attention", "prefill_attention", "gather_blocks", "scatter_each"):
         assert name in text

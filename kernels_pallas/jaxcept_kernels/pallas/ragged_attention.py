@@ -201,19 +201,19 @@ def make_kernel(shape: Shape):  # type: ignore[no-untyped-def]
         q = pltriton.load(q_ref.at[line[:, None], column], mask=mask, other=0)
 
         end = jnp.where(count > 0, position + count, 0)  # keys that the tile's last query sees
-        low = 0 if shape.window is None else jnp.maximum(position - shape.window + 1, 0) // keys
-        per_split = (pl.cdiv(end, keys) - low + shape.splits - 1) // shape.splits
-        start = low + split * per_split
+        first = 0 if shape.window is None else jnp.maximum(position - shape.window + 1, 0)  # that its first query sees
+        per_split = (pl.cdiv(end, keys) - first // keys + shape.splits - 1) // shape.splits
+        start = first // keys + split * per_split
         stop = jnp.minimum(start + per_split, pl.cdiv(end, keys))
 
         def body(i, carry):  # type: ignore[no-untyped-def]
             summed, highest, total = carry
             key = i * keys + jnp.arange(keys, dtype=jnp.int32)
-            is_written = key < end  # beyond it the pool holds anything, NaN included
-            block = pltriton.load(tables.at[table + key // size], mask=is_written, other=0)
+            is_needed = (key >= first) & (key < end)  # elsewhere the pool holds anything, NaN included
+            block = pltriton.load(tables.at[table + key // size], mask=is_needed, other=0)
             block = jnp.clip(block, 0, layout.num_blocks - 1)
             place = (((row_ref[0] + block) * kv_heads + head) * size + key % size)[:, None]
-            there = is_written[:, None] & (column < dim)
+            there = is_needed[:, None] & (column < dim)
             k = pltriton.load(k_ref.at[place, column], mask=there, other=0)
             v = pltriton.load(v_ref.at[place, column], mask=there, other=0)
             scores = pltriton.dot(q, k, trans_b=True, precision=precision) * shape.scale
