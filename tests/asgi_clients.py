@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import anthropic
 import httpx2
 import openai
 from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
 
 T = TypeVar("T")
 
@@ -61,3 +64,30 @@ def anthropic_sync(app: Starlette) -> anthropic.Anthropic:
 
 def anthropic_async(app: Starlette) -> anthropic.AsyncAnthropic:
     return anthropic.AsyncAnthropic(base_url=URL, api_key="none", http_client=http(app), max_retries=0)
+
+
+async def gone_after(app: Starlette, path: str, body: dict[str, Any], num_chunks: int) -> None:
+    """A client that goes away after so many pieces of the answer (0: at once)."""
+    sent, gone = 0, asyncio.Event()
+    asked = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    if not num_chunks:
+        gone.set()
+
+    async def receive() -> dict[str, Any]:
+        if asked:
+            return asked.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        nonlocal sent
+        sent += message["type"] == "http.response.body"
+        if sent >= num_chunks:
+            gone.set()
+
+    headers = [(b"host", b"testserver"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+             "headers": headers, "http_version": "1.1", "scheme": "http", "client": ("127.0.0.1", 1),
+             "server": ("testserver", 80), "asgi": {"version": "3.0"}}  # fmt: skip
+    with suppress(ClientDisconnect):
+        await asyncio.wait_for(app(scope, receive, send), 10)  # type: ignore[arg-type]

@@ -54,6 +54,33 @@ def ran(call_id: str, name: str, arguments: str, answer: str, is_error: bool = F
     return [*called((call_id, name, arguments), by_server=True), ToolAnswered(0, call_id, name, answer, is_error, 0.1)]
 
 
+class Play:
+    """The events of a script; counted as closed once, when it is closed, whether or not it was begun."""
+
+    def __init__(self, script: Script, service: ScriptedService) -> None:
+        self._script = list(script)
+        self._service: ScriptedService | None = service
+
+    def __aiter__(self) -> Play:
+        return self
+
+    async def __anext__(self) -> TurnEvent:
+        await asyncio.sleep(0)
+        while self._script:
+            entry = self._script.pop(0)
+            if isinstance(entry, Exception):
+                raise entry
+            if not isinstance(entry, float):
+                return entry
+            await asyncio.sleep(entry)
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        if self._service is not None:
+            self._service.num_closed += 1
+            self._service = None
+
+
 class ScriptedService:
     """Plays one script per turn, in order; `turns` and `callers` are what was asked, `num_closed` the turns closed."""
 
@@ -63,6 +90,7 @@ class ScriptedService:
         self.scripts = list(scripts)
         self.turns: list[ChatTurn] = []
         self.callers: list[Caller] = []
+        self.num_started = 0
         self.num_closed = 0
         self.is_alive = True
         self.is_ready = True
@@ -74,20 +102,8 @@ class ScriptedService:
         script = self.respond(turn) if self.respond else self.scripts.pop(0)
         if script and isinstance(script[0], ServiceError):
             raise script[0]
-        return self._play(script)
-
-    async def _play(self, script: Script) -> AsyncIterator[TurnEvent]:
-        try:
-            for entry in script:
-                if isinstance(entry, Exception):
-                    raise entry
-                if isinstance(entry, float):
-                    await asyncio.sleep(entry)
-                    continue
-                await asyncio.sleep(0)
-                yield entry
-        finally:
-            self.num_closed += 1
+        self.num_started += 1
+        return Play(script, self)
 
     async def complete(self, turn: PromptTurn, caller: Caller) -> AsyncIterator[TurnEvent]:
         raise NotImplementedError

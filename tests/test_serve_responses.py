@@ -422,7 +422,8 @@ def test_codex_is_understood() -> None:
     status, made = post(app, body)
     assert status == 200, made
     roles = [message["role"] for message in service.turns[0].messages]
-    assert roles == ["system", "system", "user", "assistant", "tool"]
+    assert roles == ["system", "user", "assistant", "tool"]
+    assert service.turns[0].messages[0]["content"] == "You are a coding agent.\n\nrules"
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
