@@ -120,6 +120,10 @@ def test_the_feed_asks_for_the_key():
     options = ServerOptions(api_keys=(ApiKey("me", "secret"),))
     with FakeTraffic(4) as traffic, PageServer(traffic, options) as server:
         assert httpx2.get(server.url + "/live").status_code == 401
+        assert httpx2.get(server.url + "/").status_code == 200, "the page itself tells nothing"
+        headers = {"authorization": "Bearer secret"}
+        with httpx2.stream("GET", server.url + "/live", headers=headers, timeout=10) as response:
+            assert next(response.iter_lines()).startswith("data:")
 
 
 def chromium() -> str | None:

@@ -19,7 +19,7 @@ from jaxcept_serve.wire import error_response, shown
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
+OPEN_PATHS = frozenset({"/", "/health", "/ready", "/ping"})  # at / is the page, which asks for the key by itself
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _IP_ADDRESS = re.compile(r"\d{1,3}(\.\d{1,3}){3}|\[[0-9A-Fa-f:.]+\]")
 _HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]{1,255})(:\d{1,5})?")
