@@ -86,16 +86,15 @@ class Telemetry(Collector):
 
     def _on_tokens(self, engine: Engine, event: Tokens) -> None:
         last, at = self._last_token, event.at
-        gaps: Counter[float] = Counter()  # most sequences of a batch had their last token at the same time
-        for seq_id in event.seq_ids:
-            before = last.get(seq_id)
-            if before is None:
-                self._on_first_token(engine, seq_id, at)
-            else:
-                gaps[at - before] += 1
-            last[seq_id] = at
-        for gap, times in gaps.items():
-            self._engine.inter_token.observe(gap, times)
+        before = Counter(map(last.get, event.seq_ids))  # most sequences of a batch had their last token together
+        if before.pop(None, 0):
+            for seq_id in event.seq_ids:
+                if seq_id not in last:
+                    self._on_first_token(engine, seq_id, at)
+        last.update(dict.fromkeys(event.seq_ids, at))
+        for earlier, times in before.items():
+            if earlier is not None:
+                self._engine.inter_token.observe(at - earlier, times)
 
     def _on_first_token(self, engine: Engine, seq_id: int, at: float) -> None:
         """Of a sequence, or after an interception."""
