@@ -81,6 +81,7 @@ async def gone_after(app: Starlette, path: str, body: dict[str, Any], num_chunks
 
     async def send(message: Any) -> None:
         nonlocal sent
+        await asyncio.sleep(0.001)
         sent += message["type"] == "http.response.body"
         if sent >= num_chunks:
             gone.set()

@@ -95,6 +95,16 @@ class Conversation:
         self.messages.append(tool_message(call_id, content))
 
 
+def with_one_system(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the leading ones of the system as one: many templates take no second."""
+    count = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    if count < 2:
+        return list(messages)
+    contents = [message["content"] for message in messages[:count]]
+    texts = [text if isinstance(text, str) else "\n".join(part["text"] for part in text) for text in contents]
+    return [{"role": "system", "content": "\n\n".join(texts)}, *messages[count:]]
+
+
 def with_server_calls(messages: Sequence[Message]) -> list[Message]:
     """The messages with the calls that this server ran as messages of their own: a call, its answer, what came next."""
     made: list[Message] = []

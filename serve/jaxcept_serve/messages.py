@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from jaxcept.scheduler.params import MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS, Sa
 from jaxcept_serve.api import HINT_FIELDS, MAX_NAME_CHARS, Api, all_fields
 from jaxcept_serve.cache_diagnostics import DigestBook, PromptDigest, first_change
 from jaxcept_serve.client_tools import ToolLimits, constrained_to_schema, read_function
-from jaxcept_serve.conversion import messages_of_anthropic
+from jaxcept_serve.conversion import messages_of_anthropic, with_one_system
 from jaxcept_serve.message_events import MessageBuilder
 from jaxcept_serve.sse import closing, event
 from jaxcept_serve.turn_chunks import TurnChunks
@@ -113,7 +114,8 @@ class Messages:
         """POST /v1/messages/count_tokens."""
         body = await self._api.read_body(request)
         ask = self._read(body, read_fields(body, PROMPT_FIELDS), request)
-        return json_response({"input_tokens": self._api.service.count_tokens(ask.turn)})
+        count = await asyncio.to_thread(self._api.service.count_tokens, ask.turn)
+        return json_response({"input_tokens": count})
 
     async def _whole(self, ask: _Ask, caller: Caller) -> dict[str, Any]:
         builder = MessageBuilder(ask.turn.request_id, ask.model)
@@ -147,7 +149,7 @@ class Messages:
         tools = _read_tools(values["tools"] or [], limits)
         if len(values["messages"]) > api.options.max_messages:
             raise bad("messages", f"expected at most {api.options.max_messages} of them")
-        messages = messages_of_anthropic(values["system"], values["messages"])
+        messages = with_one_system(messages_of_anthropic(values["system"], values["messages"]))
         tool_choice, parallel = _read_tool_choice(values["tool_choice"], tools)
         ours: Mapping[str, Any] = values["jaxcept"] or {}
         turn = ChatTurn(

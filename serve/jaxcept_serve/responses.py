@@ -16,7 +16,7 @@ from starlette.routing import BaseRoute, Route
 
 from jaxcept_serve.api import Api
 from jaxcept_serve.cache_diagnostics import PromptDigest, first_change
-from jaxcept_serve.conversion import Message, messages_of_items
+from jaxcept_serve.conversion import Message, messages_of_items, with_one_system
 from jaxcept_serve.response_events import ResponseBuilder
 from jaxcept_serve.response_request import (
     PROMPT_FIELDS,
@@ -84,7 +84,7 @@ class Responses:
         api = self._api
         body = await api.read_body(request)
         refuse_unsupported(body)
-        run = self._read(read_fields(body, RESPONSE_FIELDS), request)
+        run = await self._read(read_fields(body, RESPONSE_FIELDS), request)
         api.admit()
         if run.values["stream"]:
             events = await api.service.chat(run.turn, run.caller)
@@ -94,8 +94,8 @@ class Responses:
     async def count_tokens(self, request: Request) -> Response:
         """POST /v1/responses/input_tokens."""
         body = await self._api.read_body(request)
-        run = self._read(read_fields(body, PROMPT_FIELDS), request)
-        count = self._api.service.count_tokens(run.turn)
+        run = await self._read(read_fields(body, PROMPT_FIELDS), request)
+        count = await asyncio.to_thread(self._api.service.count_tokens, run.turn)
         return json_response({"object": "response.input_tokens", "input_tokens": count})
 
     async def retrieve(self, request: Request) -> Response:
@@ -150,7 +150,7 @@ class Responses:
             raise bad("response_id", f"there is no response {shown(response_id)}", status=404)
         return stored
 
-    def _read(self, values: Body, request: Request) -> _Run:
+    async def _read(self, values: Body, request: Request) -> _Run:
         api, caller = self._api, self._api.caller(request)
         response_id = f"resp_{uuid.uuid4().hex}"
         model = api.check_model(values["model"])
@@ -167,7 +167,7 @@ class Responses:
         system = [{"role": "system", "content": instructions}] if instructions else []
         turn = ChatTurn(
             request_id=response_id,  # a client's X-Request-Id may come twice
-            messages=[*system, *messages],
+            messages=with_one_system([*system, *messages]),
             params=read_params(values, api.options),
             tools=tools.client,
             tool_choice=tool_choice,
@@ -177,7 +177,7 @@ class Responses:
             hints=read_hints(hints, values, conversation),
         )
         if values["truncation"] == "auto":
-            turn = _truncated(turn, api)
+            turn = await asyncio.to_thread(_truncated, turn, api)
         digest = PromptDigest.of(
             turn.messages,
             tools.client,
