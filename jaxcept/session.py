@@ -395,7 +395,7 @@ class Session:
         return InterceptParams(
             token_ids=tuple(options.token_ids),
             script=tuple(options.script),
-            timeout_s=options.timeout_s + TIMEOUT_GRACE_S,
+            timeout_s=options.timeout_s + (TIMEOUT_GRACE_S if has_tools or options.handler is not None else 0.0),
             max_interceptions=options.max_interceptions,
             max_returned_tokens=options.max_returned_tokens,
             on_failure=options.on_failure,

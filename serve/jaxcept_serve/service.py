@@ -158,7 +158,7 @@ class EngineService:
 
     async def chat(self, turn: ChatTurn, caller: Caller) -> AsyncIterator[TurnEvent]:
         """Starts a turn; returns once it is accepted."""
-        self._require_ready()
+        self.require_ready()
         toolbox = self._tools_of(turn)
         long = sum(len(str(message.get("content"))) for message in turn.messages) > LONG_TEXT
         prompt = (
@@ -183,23 +183,24 @@ class EngineService:
         except (ValueError, EngineDeadError) as error:
             if follows is not None and prompt.known is not None and not isinstance(error, EngineDeadError):
                 self.llm.abort(follows)
-            _refuse(error)
+            refuse(error)
         run = _Run(self, turn.params, prompt.ids, calls, stream, holds=hold_s is not None)
         return self._watch(run, lambda finished: self._remember(turn, prompt, run, finished))
 
     async def complete(self, turn: PromptTurn, caller: Caller) -> AsyncIterator[TurnEvent]:
         """Starts a completion of a prompt as it stands."""
-        self._require_ready()
-        ids = await self._ids_of(turn.prompt, turn.add_special_tokens)
+        self.require_ready()
+        ids = await self.ids_of(turn.prompt, turn.add_special_tokens)
         try:
             stream = await self.llm.submit(
                 ids, turn.params, request_id=turn.request_id, cache_salt=caller.salt, add_special_tokens=False
             )
         except (ValueError, EngineDeadError) as error:
-            _refuse(error)
+            refuse(error)
         return self._watch(_Run(self, turn.params, ids, None, stream), lambda finished: None)
 
-    async def _ids_of(self, prompt: str | Sequence[int], add_special_tokens: bool) -> list[int]:
+    async def ids_of(self, prompt: str | Sequence[int], add_special_tokens: bool = True) -> list[int]:
+        """Ids of a prompt that is given as it stands; a long one is encoded beside the event loop."""
         if not isinstance(prompt, str):
             return list(prompt)
         if len(prompt) > LONG_TEXT:
@@ -218,7 +219,7 @@ class EngineService:
                     if run.is_over:
                         break
             except EngineDeadError as error:
-                _refuse(error)
+                refuse(error)
             if run.is_held:
                 run.stream.detach()
             yield run.done()
@@ -340,7 +341,8 @@ class EngineService:
         """Bytes of KV cache of one token."""
         return self._token_bytes
 
-    def _require_ready(self) -> None:
+    def require_ready(self) -> None:
+        """ServiceError 503 where no request is taken."""
         if self.is_draining:
             raise ServiceError(503, "the server is shutting down", retry_after_s=5.0)
         if not self.is_alive:
@@ -530,7 +532,8 @@ def _settings(turn: ChatTurn, toolbox: Toolbox | None) -> dict[str, Any]:
     return {"tools": toolbox.schemas() if toolbox is not None else None, "template": dict(turn.template_kwargs)}
 
 
-def _refuse(error: Exception) -> NoReturn:
+def refuse(error: Exception) -> NoReturn:
+    """Raises the ServiceError that says what an error of the engine means to its client."""
     if isinstance(error, EngineDeadError):
         raise ServiceError(503, "the engine has failed", retry_after_s=30.0) from error
     text = str(error)
