@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks.gpu_offline_kernels import kernels
 from benchmarks.gpu_offline_report import (
     Kernel,
     Program,
@@ -37,8 +40,9 @@ from benchmarks.gpu_offline_report import (
     table,
 )
 from jaxcept.runner.runner import DeviceRunner, RunnerConfig
-from jaxcept.runner.swapper import Swapper
+from jaxcept.runner.swapper import ARITIES
 from jaxcept_kernels.attention import Implementation
+from jaxcept_kernels.layout import KVLayout
 from jaxcept_models.config import ModelConfig
 from jaxcept_models.model import ARCHITECTURES, Model
 from jaxcept_models.rope import RopeConfig
@@ -50,6 +54,7 @@ MAX_NUM_SEQS = 128  # a decode step's tokens
 MAX_NUM_BATCHED_TOKENS = 1024  # a mixed step's
 MEMORY_SHARE = 0.85  # of the device, for weights and KV pool
 AXIS = "heads"
+IMPLEMENTATIONS = (Implementation.XLA, Implementation.PALLAS)
 # From 0.11 on a dump holds the PTX only where an emitter is named.
 EVERY_EMITTER = {"xla_dump_emitter_re": ".*"} if jax.__version_info__ >= (0, 11) else {}
 
@@ -93,20 +98,9 @@ def make_model(config: ModelConfig, implementation: Implementation, device: Devi
 
 def make_runner(model: Model, num_blocks: int, device: Device) -> DeviceRunner:
     """The runner that serves the model, with shapes for its arrays."""
-    config = RunnerConfig(
-        num_blocks, BLOCK_SIZE, MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, model.config.max_position_embeddings
-    )
-    runners = []
-
-    def build() -> tuple[Any, Any]:
-        runners.append(DeviceRunner(model, config))
-        return runners[0]._pool, runners[0]._state
-
-    pool, state = jax.eval_shape(build)  # traced: the pool would not fit here
-    runner = runners[0]
-    runner._pool, runner._state = _on(device, pool), _on(device, state)
-    runner.swapper = Swapper(runner.layout, 1, device.whole)
-    return runner
+    longest = model.config.max_position_embeddings
+    config = RunnerConfig(num_blocks, BLOCK_SIZE, MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, longest, num_host_blocks=1)
+    return DeviceRunner(model, config, shapes_on=device.whole)
 
 
 def _on(device: Device, tree: Any) -> Any:
@@ -121,43 +115,67 @@ def blocks_that_fit(model: Model, device: Device) -> int:
 
 
 def programs_of(name: str, num_layers: int | None, implementation: Implementation, device: Device) -> Iterator[Program]:
-    """Everything that serving this model runs, at its largest sizes, and a step of decodes."""
+    """What serving this model runs, at its largest sizes: all with Pallas, a mixed step and the moves with XLA."""
     config = MODELS[name]
     num_blocks = blocks_that_fit(make_model(config, implementation, device), device)
     model = make_model(replace(config, num_layers=num_layers or config.num_layers), implementation, device)
     runner = make_runner(model, num_blocks, device)
-    pool_elements, pool_bytes = runner._pool.k.size, num_blocks * runner.layout.block_bytes
-    wanted = {f"step {MAX_NUM_SEQS}", f"step {MAX_NUM_BATCHED_TOKENS}", "copy"}
-    wanted |= {f"sample {MAX_NUM_SEQS} {variant}" for variant in ("greedy", "random", "full")}
-    writes = ("step", "swap in", "copy")
-    for what, _, lower in runner._lowerings():
-        if what not in wanted and not what.startswith(("swap", "checksum")):
-            continue
-        start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as dump:
-            compiled = lower().compile(compiler_options={"xla_dump_to": dump} | EVERY_EMITTER)
-            compile_s = time.perf_counter() - start
-            kernels = kernels_in(Path(dump))
-        memory, hlo = compiled.memory_analysis(), compiled.as_text()
-        yield Program(
-            jax=jax.__version__,
-            target=device.target.name,
-            model=name,
-            what=f"{what} {implementation}" if what.startswith("step") else what,
-            num_layers=model.config.num_layers,
-            num_devices=device.mesh.size,
-            compile_s=round(compile_s, 2),
-            memory_bytes=device.target.memory_bytes,
-            shared_limit=device.target.shared_limit,
-            argument_bytes=memory.argument_size_in_bytes,
-            output_bytes=memory.output_size_in_bytes,
-            alias_bytes=memory.alias_size_in_bytes,
-            temp_bytes=memory.temp_size_in_bytes,
-            pool_bytes=pool_bytes if what.startswith(writes) else 0,
-            all_reduces=count_all_reduces(hlo),
-            pool_copies=pool_copies(hlo, pool_elements),
-            kernels=kernels,
-        )
+    wanted = {f"step {MAX_NUM_BATCHED_TOKENS}", "copy", *(f"swap {way} {max(ARITIES)}" for way in ("out", "in"))}
+    if implementation is Implementation.PALLAS:
+        variants = [f"sample {MAX_NUM_SEQS} {variant}" for variant in ("greedy", "random", "full")]
+        wanted |= {f"step {MAX_NUM_SEQS}", f"checksum {max(ARITIES)}", *variants}
+    for what, _, lower in runner.lowerings():
+        if what in wanted:
+            writes = what.startswith(("step", "swap in", "copy"))
+            yield compile_program(Task(name, f"{what} {implementation}", runner.layout, writes, lower), device)
+
+
+def kernel_programs(device: Device) -> Iterator[Program]:
+    """Every kernel by itself."""
+    for what, layout, lower in kernels(device.whole):
+        yield compile_program(Task("kernels", what, layout, True, lower), device)
+
+
+class Task(NamedTuple):
+    """Something to compile."""
+
+    model: str
+    what: str
+    layout: KVLayout
+    writes: bool  # to the pool
+    lower: Callable[[], Any]
+
+
+def compile_program(task: Task, device: Device) -> Program:
+    """Compiles, and reads what came of it."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as dump:
+        with jax.set_mesh(device.mesh):  # so that tiles are those of this kind of device
+            lowered = task.lower()
+        compiled = lowered.compile(compiler_options={"xla_dump_to": dump} | EVERY_EMITTER)
+        compile_s = time.perf_counter() - start
+        found = kernels_in(Path(dump))
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    pool_elements = math.prod(task.layout.shape)
+    return Program(
+        jax=jax.__version__,
+        target=device.target.name,
+        model=task.model,
+        what=task.what,
+        num_layers=task.layout.num_layers,
+        num_devices=device.mesh.size,
+        compile_s=round(compile_s, 2),
+        memory_bytes=device.target.memory_bytes,
+        shared_limit=device.target.shared_limit,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        pool_bytes=task.layout.num_blocks * task.layout.block_bytes if task.writes else 0,
+        all_reduces=count_all_reduces(hlo),
+        pool_copies=pool_copies(hlo, pool_elements),
+        kernels=found,
+    )
 
 
 def kernels_in(dump: Path) -> tuple[Kernel, ...]:
@@ -210,19 +228,21 @@ def main() -> int:
     parser.add_argument(
         "--targets", nargs="+", default=sorted(path.stem for path in (ROOT / "targets").glob("*.txtpb"))
     )
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    known = ["kernels", *MODELS]
+    parser.add_argument("--models", nargs="+", choices=known, default=known)
     parser.add_argument("--layers", type=int, help="only so many layers of each model")
     parser.add_argument("--out", type=Path, help="results, without suffix; a whole run has its place")
     args = parser.parse_args()
-    implementations = [each for each in Implementation if each.value in ("xla", "pallas")]
     programs: list[Program] = []
     for target in args.targets:
         device = make_device(ROOT / "targets" / f"{target}.txtpb")
+        runs = [kernel_programs(device)] if "kernels" in args.models else []
         for name in args.models:
-            for implementation in implementations:
-                for program in programs_of(name, args.layers, implementation, device):
-                    programs.append(program)
-                    print(table([program]).splitlines()[-1], flush=True)
+            if name in MODELS:
+                runs += [programs_of(name, args.layers, each, device) for each in IMPLEMENTATIONS]
+        for program in chain.from_iterable(runs):
+            programs.append(program)
+            print(table([program]).splitlines()[-1], flush=True)
     print(table(programs))
     if args.out is not None:
         save(programs, args.out)

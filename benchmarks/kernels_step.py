@@ -123,7 +123,7 @@ def make_runner(model: Model, step: EngineStep, context: int, block_size: int) -
     config = RunnerConfig(most * -(-length // block_size), block_size, most, most, length)
     runner = DeviceRunner(model, config)
     wanted = {f"{kind} {batch}{end}" for batch in step.batches for kind, end in (("step", ""), ("sample", " greedy"))}
-    jobs = runner._lowerings()
+    jobs = runner.lowerings()
     if (wanted | {"rows"}) <= {what for what, _, _ in jobs}:
         with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
             needed = [(keep, lower()) for what, keep, lower in jobs if what in wanted | {"rows"}]

@@ -30,7 +30,17 @@ from benchmarks.kernels_cases import (
     write_work,
 )
 from benchmarks.kernels_report import Results, Row, aims_met, kernel_table, report, save
-from benchmarks.kernels_timing import Contender, Deadline, Stopwatch, compile_all, judge, noise, relative_error, repeat
+from benchmarks.kernels_timing import (
+    Ceilings,
+    Contender,
+    Deadline,
+    Stopwatch,
+    compile_all,
+    judge,
+    noise,
+    relative_error,
+    repeat,
+)
 from jaxcept.runner.runner import DeviceRunner
 from jaxcept_kernels.attention import paged_attention, write_kv
 from jaxcept_kernels.layout import KVPool
@@ -99,6 +109,10 @@ def test_noise_differs_from_place_to_place() -> None:
     assert np.unique(drawn).size > 0.99 * drawn.size
     assert abs(drawn.mean()) < 0.02 and -1 <= drawn.min() < -0.99 and 0.99 < drawn.max() < 1
     assert not np.array_equal(drawn, noise((64, 2, 128), jnp.float32, 1))
+
+
+def test_of_two_looks_at_the_ceilings_the_better_counts() -> None:
+    assert Ceilings(1, 9, 3, "float32").best(Ceilings(2, 8, 3, "float32")) == Ceilings(2, 9, 3, "float32")
 
 
 def test_a_chain_goes_on_where_the_last_one_ended() -> None:
@@ -344,7 +358,7 @@ def test_a_runner_whose_executables_have_other_names_is_warmed_up_whole(monkeypa
     def warm_up(runner: DeviceRunner) -> None:
         warmed.append(runner)
 
-    monkeypatch.setattr(DeviceRunner, "_lowerings", lambda self: [])
+    monkeypatch.setattr(DeviceRunner, "lowerings", lambda self: [])
     monkeypatch.setattr(DeviceRunner, "warm_up", warm_up)
     model = kernels_step.make_model(TINY.step, TINY, kernels_step.implementations("float32")[-1])
     runner = kernels_step.make_runner(model, TINY.step, 32, 16)

@@ -1,12 +1,16 @@
-"""How a compiled program is judged; nothing is compiled here."""
+"""How a compiled program is judged, and what is compiled; nothing is compiled here."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
+from checkpoints import build_checkpoint
+from jax.sharding import SingleDeviceSharding
 
+from benchmarks.gpu_offline_kernels import CASES, HEAD_DIMS, POOL_BYTES, kernels
 from benchmarks.gpu_offline_report import (
     Kernel,
     Program,
@@ -17,6 +21,9 @@ from benchmarks.gpu_offline_report import (
     read_target,
     table,
 )
+from jaxcept.runner.runner import DeviceRunner, RunnerConfig
+from jaxcept_kernels.attention import Implementation
+from jaxcept_models.model import load_model
 
 TARGETS = Path(__file__).parent.parent / "targets"
 POOL = "bf16[64,2,16,8]"
@@ -145,3 +152,25 @@ def test_the_table_has_a_line_for_each_program():
     lines = table([SOUND, replace(SOUND, num_devices=4)]).splitlines()
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
     assert "126 (attention)" in lines[2] and "4 x a100" in lines[3]
+
+
+def test_the_kernels_cover_what_they_are_made_for():
+    """Head sizes, block sizes and dtypes, each with a pool of its own that is large enough for a copy of it to show."""
+    programs = list(kernels(SingleDeviceSharding(jax.devices()[0])))
+    assert len({program.what for program in programs}) == len(programs)
+    for dtype, block_sizes in (("bfloat16", {16, 32, 64}), ("float16", {16}), ("float32", {16})):
+        found = {(case.head_dim, case.block_size) for case in CASES if case.dtype == dtype}
+        assert found == {(head_dim, size) for head_dim in HEAD_DIMS for size in block_sizes}
+    for program in programs:
+        size = program.layout.num_blocks * program.layout.block_bytes
+        assert 0.99 * POOL_BYTES < size <= POOL_BYTES
+
+
+def test_a_runner_of_shapes_lowers_everything_and_holds_no_pool(tmp_path: Path):
+    model = load_model(build_checkpoint("llama31", tmp_path), dtype="float32", implementation=Implementation.PALLAS)
+    config = RunnerConfig(1 << 24, 16, 2, 2, 32, num_host_blocks=1)  # a pool of 256 GiB
+    runner = DeviceRunner(model, config, shapes_on=SingleDeviceSharding(jax.devices()[0]))
+    jobs = {what: lower for what, _, lower in runner.lowerings()}
+    assert {"step 2", "copy", "swap out 8", "swap in 8", "sample 2 greedy"} <= set(jobs)
+    for what in ("step 2", "copy"):
+        assert f"{runner.layout.shape[0]}x2x16x16xf32" in jobs[what]().as_text()

@@ -191,7 +191,7 @@ def test_a_lost_and_a_corrupted_block_are_told_and_the_rest_lands(model: Model) 
 def test_a_runner_without_host_blocks_has_nothing_for_swaps(model: Model) -> None:
     runner = DeviceRunner(model, RunnerConfig(32, SIZE, 4, 32, 160))
     assert runner.swapper is None
-    assert not [what for what, _, _ in runner._lowerings() if "swap" in what or "checksum" in what]
+    assert not [what for what, _, _ in runner.lowerings() if "swap" in what or "checksum" in what]
     with pytest.raises(AssertionError, match="num_host_blocks is 0"):
         runner.submit(StepPlan(0, Decodes(), (), (), (), (BlockMove(MoveKind.SWAP_OUT, 0, 0),)))
     with pytest.raises(ValueError, match="num_host_blocks=-1"):

@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from jaxcept.runner.batch import NO_ROW, Batch, BatchBuilder, BatchShape, bucket_of, token_buckets, unpack
 from jaxcept.runner.compiles import CompileCounter
 from jaxcept.runner.host_pool import Link
 from jaxcept.runner.rows import BIAS_ENTRIES, NUM_COLUMNS, HostRows, make_row_state, set_row, unpack_params
 from jaxcept.runner.sampling import Logprobs, RowState, Variant, logprobs_of, sample
-from jaxcept.runner.swapper import Swapper, SwapReport, split_moves
+from jaxcept.runner.swapper import Job, Swapper, SwapReport, split_moves
 from jaxcept.scheduler.plan import BlockMove, MoveKind, RowSetup, StepPlan, StepResult, TokenLogprobs
 from jaxcept_kernels.blocks import copy_blocks
 from jaxcept_kernels.layout import KVPool, make_pool
@@ -76,8 +77,14 @@ class _InFlight(NamedTuple):
 class DeviceRunner:
     """Runs a model over a paged KV pool, one plan at a time, in the order of submission."""
 
-    def __init__(self, model: Model, config: RunnerConfig, link: Link | None = None) -> None:
-        """`link` is the way to the host, where it is not the device's own."""
+    def __init__(
+        self, model: Model, config: RunnerConfig, link: Link | None = None, shapes_on: Sharding | None = None
+    ) -> None:
+        """`link` is the way to the host, where it is not the device's own.
+
+        With `shapes_on` the runner has shapes with this sharding where arrays would be, for a device that need not be
+        there: it runs nothing and takes no memory, and serves its `lowerings` alone.
+        """
         if config.max_model_len > model.config.max_position_embeddings:
             raise ValueError(
                 f"max_model_len={config.max_model_len}: the model was trained for "
@@ -93,8 +100,14 @@ class DeviceRunner:
         self._sample_buckets = {v: sample_buckets(config.max_num_seqs, v) for v in Variant}
         self._builder = BatchBuilder(self._shape, self._token_buckets)
         self._rows = HostRows(config.max_num_seqs, config.max_model_len, model.config.vocab_size)
-        self._pool: KVPool = make_pool(self.layout)
-        self._state: RowState = make_row_state(config.max_num_seqs, config.max_model_len, model.config.vocab_size)
+
+        def make_arrays() -> tuple[KVPool, RowState]:
+            rows = make_row_state(config.max_num_seqs, config.max_model_len, model.config.vocab_size)
+            return make_pool(self.layout), rows
+
+        self._pool: KVPool
+        self._state: RowState
+        self._pool, self._state = make_arrays() if shapes_on is None else _shapes(make_arrays, shapes_on)
         self.swapper: Swapper | None = None
         if config.num_host_blocks:
             sharding = self._pool.k.sharding
@@ -131,7 +144,7 @@ class DeviceRunner:
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compiles every executable, the largest first, on all cores. `progress(done, total, what)`."""
-        jobs = list(self._lowerings())
+        jobs = list(self.lowerings())
         with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
             # Lowered here, one after the other, as tracing holds the interpreter's lock; compiling does not.
             compiling = [(what, keep, threads.submit(lower().compile)) for what, keep, lower in jobs]
@@ -142,7 +155,7 @@ class DeviceRunner:
         if self.swapper is not None:
             self.swapper.host.warm_up()
 
-    def _lowerings(self) -> list[tuple[str, Callable[[Any], None], Callable[[], Any]]]:
+    def lowerings(self) -> list[Job]:
         """(name, where to keep the executable, how to lower it), for everything that serving runs."""
 
         def spec(tree: Any) -> Any:
@@ -177,7 +190,7 @@ class DeviceRunner:
         def lower_copy() -> Any:
             return jax.jit(copy, donate_argnums=0).lower(pool, int32(2, COPIES_PER_CALL))
 
-        jobs: list[tuple[str, Callable[[Any], None], Callable[[], Any]]] = []
+        jobs: list[Job] = []
         for tokens in reversed(self._token_buckets):
             jobs.append((f"step {tokens}", _keep(self._step, tokens), partial(lower_step, tokens)))
         for variant, buckets in self._sample_buckets.items():
@@ -334,3 +347,8 @@ def _keep(table: dict[Any, Executable], key: Any) -> Callable[[Any], None]:
         table[key] = executable
 
     return keep
+
+
+def _shapes(make: Callable[[], Any], sharding: Sharding) -> Any:
+    """What `make` returns, as shapes."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(make))
