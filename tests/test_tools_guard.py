@@ -58,7 +58,7 @@ def test_a_call_that_is_given_up_leaves_its_place_or_its_wait() -> None:
     assert bench.guard.explain_wait(first) == ""
     second.cancel()
     first.settle("late", Outcome.TIMEOUT)
-    assert bench.started[0].outcome is Outcome.TIMEOUT, "the run is told that nobody waits for it"
+    assert bench.started[0].outcome is Outcome.CANCELLED, "the run is told that nobody waits for it"
     assert [run.call.arguments["i"] for run in bench.started] == [0, 2]
     third.cancel()
     assert bench.started[1].outcome is Outcome.CANCELLED
@@ -98,6 +98,32 @@ def test_a_try_that_is_given_up_lets_the_next_one_try() -> None:
     num_started = len(bench.started)
     bench.call()
     assert len(bench.started) == num_started + 1
+
+
+def test_callers_in_a_hurry_do_not_open_the_breaker() -> None:
+    bench = Bench(max_concurrency=1, breaker_failures=2, timeout_s=10.0)
+    for _ in range(5):
+        caller, _ = bench.call()
+        bench.now += 1.0
+        caller.settle("error: late", Outcome.TIMEOUT)
+    assert bench.guard.state()["failures"] == 0
+    for _ in range(2):
+        caller, _ = bench.call()
+        bench.now += 10.0
+        caller.settle("error: late", Outcome.TIMEOUT)
+    assert bench.guard.state()["is_open"]
+
+
+def test_the_least_timeout_holds() -> None:
+    async def sleep() -> None:
+        await asyncio.sleep(5)
+
+    quick = Tool("quick", "", {"type": "object"}, sleep, timeout_s=0.05)
+    call_quick, call_sleep = ToolCall("call00000", "quick", {}), ToolCall("call00000", "sleep", {})
+    with Toolbox([quick, sleep], limits=ToolLimits(timeout_s=0.1)) as box:
+        assert "in 0.05 s" in asyncio.run(box.call(call_quick, 5.0)).text
+        assert "in 0.1 s" in asyncio.run(box.call(call_sleep, 5.0)).text
+        assert "in 0.02 s" in asyncio.run(box.call(call_quick, 0.02)).text
 
 
 def test_an_opening_breaker_tells_those_who_wait() -> None:

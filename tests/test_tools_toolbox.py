@@ -222,12 +222,13 @@ def test_the_toolbox_is_a_read_only_collection_in_order() -> None:
 
 
 def test_a_given_clock_stamps_the_result() -> None:
-    ticks = iter([10.0, 10.0, 12.5, 12.5])  # the call and its run each begin and end
+    now = 10.0
 
-    def noop() -> None:
-        pass
+    def wait() -> None:
+        nonlocal now
+        now = 12.5
 
-    result = run(Toolbox([noop], clock=lambda: next(ticks)), call("noop"))[0]
+    result = run(Toolbox([wait], clock=lambda: now), call("wait"))[0]
     assert (result.started_s, result.duration_s) == (10.0, 2.5)
 
 

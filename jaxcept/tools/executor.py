@@ -46,13 +46,12 @@ class Executor:
         """The guards of tools that were called."""
         return list(self._guards.values())
 
-    def run(self, pending: PendingCall, made: Tool, kwargs: dict[str, Any], timeout_s: float | None) -> None:
+    def run(self, pending: PendingCall, made: Tool, kwargs: dict[str, Any], timeout_s: float) -> None:
         """Run a call under its tool's limits; `timeout_s` counts from now. Its result goes to the pending call."""
         guard = self._guard(made)
         self._pending[id(pending)] = pending
         pending.on_settled(lambda: self._pending.pop(id(pending), None))
-        if timeout_s is not None:
-            self._arm(pending, guard, timeout_s)
+        self._arm(pending, guard, timeout_s)
         guard.submit(pending, lambda inner: self._start(inner, made, kwargs))
         if self.is_closed:
             pending.cancel()

@@ -17,7 +17,10 @@ from jaxcept.tools.definition import Tool
 from jaxcept.tools.output import MAX_OUTPUT_CHARS
 from jaxcept.tools.pending import PendingCall
 
+_ENOUGH = 0.9  # of the timeout: a run that was given as much and has no answer counts as a failure
 MAX_CACHE_CHARS = 4_000_000  # of results kept per tool; the least recently used go first
+
+DEFAULT_TIMEOUT_S = 60.0  # where neither the limits nor the tool nor the caller sets one
 
 Clock = Callable[[], float]
 Start = Callable[[PendingCall], None]
@@ -27,13 +30,14 @@ Start = Callable[[PendingCall], None]
 class ToolLimits:
     """Limits that hold for each tool by itself. Times are in seconds.
 
-    `timeout_s` bounds a call of a tool that sets none, any wait for a free place included. `max_concurrency` calls of
-    a tool run at once, the rest wait in order. After `breaker_failures` failures in a row (timeouts and crashes, not
-    answers that blame the arguments) calls are refused for `breaker_reset_s`; then one is let through to try. Answers
-    of pure tools are kept for `cache_ttl_s`; 0 keeps none. None stands for no limit. Raises ValueError.
+    `timeout_s` bounds every call, any wait for a free place included; a tool and a caller may ask for less.
+    `max_concurrency` calls of a tool run at once, the rest wait in order. After `breaker_failures` failures in a row
+    (crashes and runs over the whole timeout, not answers that blame the arguments nor callers in a hurry) calls are
+    refused for `breaker_reset_s`; then one is let through to try. Answers of pure tools are kept for `cache_ttl_s`; 0
+    keeps none. None stands for no limit. Raises ValueError.
     """
 
-    timeout_s: float | None = 60.0
+    timeout_s: float | None = None
     max_output_chars: int = MAX_OUTPUT_CHARS
     max_concurrency: int | None = None
     breaker_failures: int | None = None
@@ -106,13 +110,13 @@ class Breaker:
 class _Run:
     """One run of the tool, and the calls that wait for its answer."""
 
-    __slots__ = ("callers", "inner", "is_started", "key")
+    __slots__ = ("callers", "inner", "key", "started_s")
 
     def __init__(self, key: bytes | None, caller: PendingCall) -> None:
         self.key = key
         self.callers = [caller]
         self.inner: PendingCall
-        self.is_started = False
+        self.started_s: float | None = None
 
 
 class ToolGuard:
@@ -134,9 +138,10 @@ class ToolGuard:
             )
 
     @property
-    def limits(self) -> ToolLimits:
-        """What the guard holds to."""
-        return self._limits
+    def timeout_s(self) -> float:
+        """The longest that a call may take."""
+        given = [each for each in (self.tool.timeout_s, self._limits.timeout_s) if each is not None]
+        return min(given, default=DEFAULT_TIMEOUT_S)
 
     def state(self) -> dict[str, Any]:
         """Counts for a health page: running, waiting, failures in a row, whether the breaker is open."""
@@ -197,7 +202,7 @@ class ToolGuard:
 
     def _take_place(self, run: _Run) -> None:
         self._running += 1
-        run.is_started = True
+        run.started_s = self._clock()
 
     def _leave(self, run: _Run, caller: PendingCall) -> None:
         """A call has its result. If it was the last that waited for a run which goes on, the run is given up."""
@@ -208,11 +213,13 @@ class ToolGuard:
             if run.callers:
                 return
             self._drop_flight(run)
-            if not run.is_started:
+            if run.started_s is None:
                 self._waiting.remove(run)
                 self._breaker.forget()
                 return
-        run.inner.settle("", Outcome.TIMEOUT if caller.outcome is Outcome.TIMEOUT else Outcome.CANCELLED)
+        had_its_time = self._clock() - run.started_s >= _ENOUGH * self.timeout_s
+        is_failure = caller.outcome is Outcome.TIMEOUT and had_its_time
+        run.inner.settle("", Outcome.TIMEOUT if is_failure else Outcome.CANCELLED)
 
     def _finish(self, run: _Run, result: ToolResult, start: Start) -> None:
         refused: list[PendingCall] = []

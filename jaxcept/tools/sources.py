@@ -20,7 +20,7 @@ from jaxcept.tools.toolbox import MAX_THREADS, Toolbox
 logger = logging.getLogger(__name__)
 
 # For tools that many clients share: one that is slow or broken must not take the others' threads with it.
-SERVER_LIMITS = ToolLimits(max_concurrency=16, breaker_failures=5, breaker_reset_s=30.0)
+SERVER_LIMITS = ToolLimits(timeout_s=60.0, max_concurrency=16, breaker_failures=5, breaker_reset_s=30.0)
 
 Group = tuple[str, Sequence[Tool]]
 

@@ -11,7 +11,7 @@ from jaxcept.tools.arguments import ArgumentsError
 from jaxcept.tools.calls import MalformedCall, Outcome, ParsedCall, ToolCall, ToolResult
 from jaxcept.tools.definition import Tool, tool
 from jaxcept.tools.executor import MAX_STUCK_THREADS, Executor
-from jaxcept.tools.guard import ToolLimits
+from jaxcept.tools.guard import DEFAULT_TIMEOUT_S, ToolLimits
 from jaxcept.tools.output import error_outcome, error_text
 from jaxcept.tools.pending import Done, PendingCall
 
@@ -122,7 +122,7 @@ class Toolbox:
     def submit(self, call: ParsedCall, done: Done, timeout_s: float | None = None) -> PendingCall:
         """Run a call and hand its result to `done`, once, on whichever thread: it must be quick and thread-safe.
 
-        `timeout_s` bounds this call (default: the tool's, then the toolbox's), counted from now. A call that cannot run
+        The least of `timeout_s`, the tool's own and the limits' bounds it, counted from now. A call that cannot run
         (unknown tool, wrong arguments, malformed) gives its result before this returns.
         """
         pending = PendingCall(call, done, self.executor.clock)
@@ -134,9 +134,8 @@ class Toolbox:
         except Exception as error:  # a converter of the tool's own types (a dataclass's checks) may raise anything
             pending.settle(error_text(error), error_outcome(error))
             return pending
-        limit_s = timeout_s if timeout_s is not None else made.timeout_s
-        limit_s = limit_s if limit_s is not None else self.executor.limits.timeout_s
-        self.executor.run(pending, made, kwargs, limit_s)
+        given = [each for each in (timeout_s, made.timeout_s, self.executor.limits.timeout_s) if each is not None]
+        self.executor.run(pending, made, kwargs, min(given, default=DEFAULT_TIMEOUT_S))
         return pending
 
     def close(self) -> None:

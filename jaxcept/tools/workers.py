@@ -100,14 +100,15 @@ class ThreadPool:
 
 
 def _copy_result(task: asyncio.Task[T], future: Future[T]) -> None:
+    error = None if task.cancelled() else task.exception()  # asked for in any case: a task complains otherwise
     if task.cancelled():
         future.cancel()
-    elif future.set_running_or_notify_cancel():
-        error = task.exception()
-        if error is None:
-            future.set_result(task.result())
-        else:
-            future.set_exception(error)
+    elif not future.set_running_or_notify_cancel():
+        return
+    elif error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(task.result())
 
 
 class LoopThread:
