@@ -97,6 +97,7 @@ class AsyncLLM:
         add_special_tokens: bool = True,
         follows: str | None = None,
         is_open: bool = False,
+        priority: int = 0,
     ) -> Stream:
         """Queues one request, as Session.add does; returns once the engine has taken it.
 
@@ -120,6 +121,7 @@ class AsyncLLM:
                     add_special_tokens=add_special_tokens,
                     follows=follows,
                     is_open=is_open,
+                    priority=priority,
                 )
                 self._streams[request_id] = stream
                 error = None

@@ -125,6 +125,7 @@ class Session:
         add_special_tokens: bool = True,
         follows: str | None = None,
         is_open: bool = False,
+        priority: int = 0,
     ) -> None:
         """Queues a request. ValueError on a prompt or parameters that cannot be served; nothing is queued then.
 
@@ -152,6 +153,7 @@ class Session:
             watcher=watch,
             arrival=self._clock.now(),
             is_open=is_open,
+            priority=priority,
         )
         followed = self._follow(follows, request) if follows is not None else None
         seq_ids = followed if followed is not None else self.engine.add(request)

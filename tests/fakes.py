@@ -256,7 +256,7 @@ class Rig:
 
     def add(self, name: str, prompt: Sequence[int], intercept: InterceptParams | None = None, **params: Any) -> int:
         """Queues a request; returns its first seq_id. Keywords of Request are told from those of SamplingParams."""
-        names = {"cache_salt", "eos_token_ids", "seed_base", "watcher", "arrival"}
+        names = {"cache_salt", "eos_token_ids", "seed_base", "watcher", "arrival", "priority"}
         own = {key: params.pop(key) for key in names & set(params)}
         request = Request(name, tuple(prompt), SamplingParams(**params), intercept or InterceptParams(), **own)
         return self.engine.add(request)[0]

@@ -2,7 +2,7 @@
 
 from jaxcept.scheduler.events import Finished, Tokens
 from jaxcept.scheduler.plan import Chunk, ChunkKind, Decodes, TableUpdate
-from jaxcept.scheduler.request import Request
+from jaxcept.scheduler.request import PRIORITY_S, Request
 from tests.fakes import Rig, next_token
 
 
@@ -156,3 +156,15 @@ def test_max_num_seqs_bounds_the_rows():
         rig.step()
         running.append(rig.scheduler.num_running)
     assert max(running) == 2 and len(rig.told(Finished)) == 5
+
+
+def test_a_priority_is_worth_some_waiting_and_no_more():
+    rig = Rig(max_num_seqs=1)
+    rig.add("running", range(4), max_tokens=2)
+    rig.step()
+    rig.add("early", range(4), max_tokens=1)
+    rig.add("urgent", range(4), max_tokens=1, priority=-1)
+    rig.clock.advance(2 * PRIORITY_S)
+    rig.add("late and urgent", range(4), max_tokens=1, priority=-1)
+    rig.run()
+    assert [end.request_id for end in rig.told(Finished)] == ["running", "urgent", "early", "late and urgent"]

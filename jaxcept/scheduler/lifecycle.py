@@ -138,7 +138,7 @@ class Lifecycle:
         seq.is_open = is_open
         seq.rearm(self._config.max_len)
         if self._requeues_at_tail:
-            seq.key = (now, seq.seq_id)
+            seq.key = (seq.request.rank(now), seq.seq_id)
         self._book.wait(seq, now)
 
     def await_more(self, seq: Sequence, now: float) -> None:
@@ -161,8 +161,7 @@ class Lifecycle:
         opened.index, opened.ended_at, opened.outcome = 0, now, Outcome.RETURNED
         self._book.hand_over(seq, family)
         seq.serve(family, now, self._config.max_len)
-        if self._requeues_at_tail:
-            seq.key = (now, seq.seq_id)
+        seq.key = (family.request.rank(now if self._requeues_at_tail else seq.arrival), seq.seq_id)
         self._book.wait(seq, now)
         return ended
 

@@ -9,6 +9,8 @@ from hashlib import blake2b
 from jaxcept.scheduler.params import InterceptParams, SamplingParams
 from jaxcept.scheduler.watcher import Watcher
 
+PRIORITY_S = 30.0
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -17,7 +19,8 @@ class Request:
     `seed_base` stands in where `params.seed` is None: whoever composes draws it, the scheduler has no random source.
     `cache_salt` separates tenants: only requests with equal salts find each other's blocks. `watcher` makes the
     watcher of the completion with the given index. `arrival` (seconds of the engine's clock) is the time of `add`
-    where it is None. `is_open` says that the prompt goes on: it is computed as far as it is known, then intercepted.
+    where it is None. `priority`: lower is served first; one level is worth PRIORITY_S seconds of waiting, so that nobody
+    waits for ever. `is_open` says that the prompt goes on: it is computed as far as it is known, then intercepted.
     """
 
     request_id: str
@@ -30,6 +33,7 @@ class Request:
     watcher: Callable[[int], Watcher] | None = None
     arrival: float | None = None
     is_open: bool = False
+    priority: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_ids", tuple(self.prompt_ids))
@@ -38,6 +42,10 @@ class Request:
             raise ValueError(f"n={self.params.n}: expected 1 for a prompt that comes in pieces")
         if self.is_open and self.params.prompt_logprobs is not None:
             raise ValueError("prompt_logprobs: expected none for a prompt that comes in pieces")
+
+    def rank(self, arrival: float) -> float:
+        """What the arrival counts as in queues, seconds."""
+        return arrival + PRIORITY_S * self.priority
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:

@@ -137,8 +137,8 @@ class Sequence:
         self.seq_id = seq_id
         self.index = index
         self.arrival = arrival
-        self.key = (arrival, seq_id)
-        self.queue_key: tuple[float, float, int] = (0.0, arrival, seq_id)  # (rank, *key): its place among the waiting
+        self.key = (family.request.rank(arrival), seq_id)
+        self.queue_key: tuple[float, float, int] = (0.0, *self.key)  # (rank, *key): its place among the waiting
         self.queued_at = arrival
         self.is_overdue = False  # it has waited so long once that its rank counts no more
         self.state = SeqState.WAITING

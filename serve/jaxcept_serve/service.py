@@ -179,6 +179,7 @@ class EngineService:
                 intercept=options,
                 cache_salt=caller.salt,
                 follows=follows,
+                priority=turn.hints.priority,
             )
         except (ValueError, EngineDeadError) as error:
             if follows is not None and prompt.known is not None and not isinstance(error, EngineDeadError):
@@ -193,7 +194,12 @@ class EngineService:
         ids = await self.ids_of(turn.prompt, turn.add_special_tokens)
         try:
             stream = await self.llm.submit(
-                ids, turn.params, request_id=turn.request_id, cache_salt=caller.salt, add_special_tokens=False
+                ids,
+                turn.params,
+                request_id=turn.request_id,
+                cache_salt=caller.salt,
+                add_special_tokens=False,
+                priority=turn.hints.priority,
             )
         except (ValueError, EngineDeadError) as error:
             refuse(error)
