@@ -132,6 +132,15 @@ def opened(*specs: McpServerSpec) -> Iterator[tuple[Any, Toolbox]]:
         servers.close()
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Toolbox]]:
+    """A server for the tests that do it no harm."""
+    path = tmp_path_factory.mktemp("shared") / "server.py"
+    path.write_text(SERVER)
+    with opened(spec_of(path)) as both:
+        yield both
+
+
 def call(box: Toolbox, name: str, timeout_s: float = 20.0, **arguments: Any) -> ToolResult:
     return asyncio.run(box.call(ToolCall("call00000", name, arguments), timeout_s))
 
@@ -149,24 +158,22 @@ def is_gone(process_id: int, within_s: float = 5.0) -> bool:
     return False
 
 
-def test_tools_are_listed_and_answer(server_file: Path) -> None:
-    with opened(spec_of(server_file)) as (servers, box):
-        add = box["add"]
-        assert (add.description, add.is_pure, box["pid"].is_pure) == ("Add two numbers.", True, False)
-        assert add.parameters["required"] == ["a", "b"]
-        assert call(box, "add", a=2, b=3).text == "5"
-        assert call(box, "add", a="2", b=3).text == "5", "arguments are mended as for any tool"
-        wrong = call(box, "add", a="two")
-        assert wrong.outcome is Outcome.REFUSED
-        assert "argument 'a': expected integer" in wrong.text
-        refused = call(box, "refuse")
-        assert (refused.outcome, refused.text) == (Outcome.ERROR, "error: Error executing tool refuse")
-        assert call(box, "picture").text == "[image: image/png, about 12 bytes, not shown]"
-        assert servers.health() == [
-            {"server": "demo", "kind": "mcp-stdio", "is_up": True, "tools": 7, "connects": 1, "error": ""}
-        ]
-        process_id = int(call(box, "pid").text)
-    assert is_gone(process_id), "closing ends the server"
+def test_tools_are_listed_and_answer(shared: tuple[Any, Toolbox]) -> None:
+    servers, box = shared
+    add = box["add"]
+    assert (add.description, add.is_pure, box["pid"].is_pure) == ("Add two numbers.", True, False)
+    assert add.parameters["required"] == ["a", "b"]
+    assert call(box, "add", a=2, b=3).text == "5"
+    assert call(box, "add", a="2", b=3).text == "5", "arguments are mended as for any tool"
+    wrong = call(box, "add", a="two")
+    assert wrong.outcome is Outcome.REFUSED
+    assert "argument 'a': expected integer" in wrong.text
+    refused = call(box, "refuse")
+    assert (refused.outcome, refused.text) == (Outcome.ERROR, "error: Error executing tool refuse")
+    assert call(box, "picture").text == "[image: image/png, about 12 bytes, not shown]"
+    assert servers.health() == [
+        {"server": "demo", "kind": "mcp-stdio", "is_up": True, "tools": 7, "connects": 1, "error": ""}
+    ]
 
 
 def test_a_server_that_dies_in_a_call_is_told_and_started_again(server_file: Path) -> None:
@@ -220,27 +227,26 @@ def test_a_server_that_stops_answering_is_replaced(server_file: Path, monkeypatc
         assert is_gone(process_id)
 
 
-def test_an_answer_over_the_limit_harms_only_its_own_call(server_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stdio, "MAX_MESSAGE_BYTES", 1_000_000)
-    with opened(spec_of(server_file)) as (servers, box):
+def test_an_answer_over_the_limit_harms_only_its_own_call(shared: tuple[Any, Toolbox]) -> None:
+    servers, box = shared
 
-        async def both() -> list[ToolResult]:
-            calls = [ToolCall("call00000", "big", {"n": 5_000_000}), ToolCall("call00001", "add", {"a": 1, "b": 2})]
-            return await asyncio.gather(*(box.call(each, 20.0) for each in calls))
+    async def both() -> list[ToolResult]:
+        calls = [ToolCall("call00000", "big", {"n": 100_000_000}), ToolCall("call00001", "add", {"a": 1, "b": 2})]
+        return await asyncio.gather(*(box.call(each, 20.0) for each in calls))
 
-        big, added = asyncio.run(both())
-        assert big.text == "error: MCP server 'demo': the answer was over 1,000,000 bytes"
-        assert added.text == "3"
-        cut = call(box, "big", n=500_000).text
-        assert cut.endswith("[cut: the output had 500,000 characters, the first 100,000 characters are shown]")
-        assert servers.health()[0]["connects"] == 1
+    big, added = asyncio.run(both())
+    assert big.text == "error: MCP server 'demo': the answer was over 8,388,608 bytes"
+    assert added.text == "3"
+    cut = call(box, "big", n=500_000).text
+    assert cut.endswith("[cut: the output had 500,000 characters, the first 100,000 characters are shown]")
+    assert servers.health()[0]["connects"] == 1
 
 
-def test_what_a_server_prints_beside_its_messages_is_ignored(server_file: Path) -> None:
-    with opened(spec_of(server_file)) as (servers, box):
-        assert call(box, "noise").text == "fine"
-        assert call(box, "add", a=1, b=1).text == "2"
-        assert servers.health()[0]["connects"] == 1
+def test_what_a_server_prints_beside_its_messages_is_ignored(shared: tuple[Any, Toolbox]) -> None:
+    servers, box = shared
+    assert call(box, "noise").text == "fine"
+    assert call(box, "add", a=1, b=1).text == "2"
+    assert servers.health()[0]["connects"] == 1
 
 
 def test_changed_tools_are_listed_again(server_file: Path) -> None:
@@ -355,10 +361,12 @@ def test_a_server_over_http_that_is_killed_and_started_again(
         box.close()
 
 
-def test_calls_after_close_are_told(server_file: Path) -> None:
+def test_closing_ends_the_server_and_calls_after_it_are_told(server_file: Path) -> None:
     servers = mcp.McpServers([spec_of(server_file)])
     with Toolbox(servers.groups()[0][1]) as box:
+        process_id = int(call(box, "pid").text)
         servers.close()
+        assert is_gone(process_id)
         assert call(box, "add", a=1, b=1).is_error
 
 
