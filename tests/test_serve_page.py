@@ -169,7 +169,7 @@ def test_the_page_in_a_browser(server: PageServer):
         assert page.text_content(".call") == 'calculator({"expression": "37 * 91"})→ 3367  (0.05 s)'
         assert page.text_content(".msg.assistant") == "37 * 91 is 3367. <b>turn 1</b>", "text is text, not markup"
         assert "32 of them kept" in (page.text_content(".facts") or "")
-        page.get_by_role("button", name="What is 18 * 24 + 7?").click()
+        page.get_by_role("button", name="What is the capital of Japan?").click()
         expect(page.locator(".facts")).to_have_count(2)
         assert "turn 3" in page.locator(".msg.assistant").nth(1).inner_text(), "the conversation is sent whole"
         page.get_by_text("Show them as a table").click()

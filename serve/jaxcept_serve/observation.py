@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -136,8 +137,11 @@ class _WatchedTurn:
         except StopAsyncIteration:
             self._end(None)
             raise
+        except asyncio.CancelledError:
+            self._end("the client has gone", "abort")
+            raise
         except BaseException as error:
-            self._end(type(error).__name__)
+            self._end(type(error).__name__, "error")
             raise
         self._see(event)
         return event
@@ -146,9 +150,7 @@ class _WatchedTurn:
         """Ends the turn, if it has not ended."""
         if self._events is not None:
             async with closing(self._events):
-                if not self._is_over:
-                    self._telemetry.turn_finished("abort")
-        self._end("closed by the client")
+                self._end("the client has gone", "abort")
 
     def _see(self, event: TurnEvent) -> None:
         match event:
@@ -162,10 +164,13 @@ class _WatchedTurn:
                 self._telemetry.turn_done(time.monotonic() - self._began, event.usage)
                 self._end(None)
 
-    def _end(self, error: str | None) -> None:
+    def _end(self, error: str | None, reason: str | None = None) -> None:
         if self._is_over:
             return
         self._is_over = True
+        if reason is not None:
+            self._reasons.append(reason)
+            self._telemetry.turn_finished(reason)
         if self._span is not None and self._tracing is not None:
             self._tracing.end(self._span, self._reasons, self._usage, error)
         usage = self._usage
