@@ -19,8 +19,9 @@ class Request:
     `seed_base` stands in where `params.seed` is None: whoever composes draws it, the scheduler has no random source.
     `cache_salt` separates tenants: only requests with equal salts find each other's blocks. `watcher` makes the
     watcher of the completion with the given index. `arrival` (seconds of the engine's clock) is the time of `add`
-    where it is None. `priority`: lower is served first; one level is worth PRIORITY_S seconds of waiting, and no more, so
-    nobody waits for ever. `is_open` says that the prompt goes on: it is computed as far as it is known, then intercepted.
+    where it is None. `priority`: lower is served first; one level is worth PRIORITY_S seconds of waiting, and no more,
+    so nobody waits for ever. `is_open` says that the prompt goes on: it is computed as far as it is known, then
+    intercepted.
     """
 
     request_id: str
