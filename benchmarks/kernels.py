@@ -156,6 +156,7 @@ def run_section(section: str, preset: Preset, results: Results, deadline: Deadli
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / f"{args.name}.json").write_text(results.to_json(), encoding="utf-8")
+    results.ceilings[section] = ceilings.best(measure_ceilings(preset))._asdict()
 
 
 def measured(

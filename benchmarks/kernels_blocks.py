@@ -229,7 +229,7 @@ def check_interpreted(case: Case) -> Row:
     """The Pallas kernel, interpreted, against the reference; not timed."""
     function = write_kv_pallas if case.kernel == "write_kv" else MOVES[case.kernel][1]
     functions = {"xla": case.functions["xla"], INTERPRETED: function}
-    judged = judge_case(case, compile_all(steps_of(case, functions), None))
+    judged = judge_case(case, compile_all(steps_of(case, functions), is_timed=False))
     note = judged.faults.get(INTERPRETED, "checked only")
     error = judged.errors.get(INTERPRETED)
     return Row(case.kernel, case.shape.name, case_name(case), INTERPRETED, error=error, note=note)

@@ -255,7 +255,7 @@ def save_roofline(results: Results, path: Path) -> list[Path]:
     timed = [row for row in results.rows if row.seconds]
     if not timed or not results.ceilings:
         return []
-    ceilings = next(iter(results.ceilings.values()))
+    ceilings = {name: max(each[name] for each in results.ceilings.values()) for name in ("copy", "matrix")}
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     computing = [row for row in timed if row.flops]

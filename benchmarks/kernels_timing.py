@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -58,25 +58,35 @@ class Contender(NamedTuple):
     chain: Executable | None  # ((index, state), operands) → (index, state); None where it is checked alone
 
 
-def repeat(step: Step, count: int) -> Callable[[tuple[jax.Array, Any], Any], tuple[jax.Array, Any]]:
-    """`count` calls, each on what the last one returned; the index goes on from execution to execution."""
+def repeat(step: Step, count: int, is_loop: bool = False) -> Executable:
+    """`count` calls, each on what the last one returned; the index goes on from execution to execution.
+
+    Written out, so that what calls have in common is computed once, as over the layers of a model; or as a loop, which
+    compiles faster and computes it anew for each call.
+    """
+    one = jax.jit(step)
+
+    def body(_: Any, carry: tuple[jax.Array, Any], operands: Any) -> tuple[jax.Array, Any]:
+        index, state = carry
+        return index + jnp.int32(1), one(state, index, operands)
 
     def run(carry: tuple[jax.Array, Any], operands: Any) -> tuple[jax.Array, Any]:
-        def body(_: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-            index, state = carry
-            return index + jnp.int32(1), step(state, index, operands)
-
-        last: tuple[jax.Array, Any] = jax.lax.fori_loop(0, count, body, carry)
-        return last
+        if is_loop:
+            last: tuple[jax.Array, Any] = jax.lax.fori_loop(0, count, partial(body, operands=operands), carry)
+            return last
+        for _ in range(count):
+            carry = body(None, carry, operands)
+        return carry
 
     return run
 
 
 def compile_all(
     steps: Mapping[str, tuple[Step, Any, Any]],  # name → step, state, operands (or their shapes)
-    count: int | None = CHAIN,
+    loops: Collection[str] = (),  # whose chains are loops
+    is_timed: bool = True,
 ) -> dict[str, Contender | Exception]:
-    """Every step compiled once and, unless `count` is None, chained; on all cores. What does not compile gives why."""
+    """Every step compiled once and, if it will be timed, chained; on all cores. What does not compile gives why."""
     found: dict[str, Contender | Exception] = {}
     with ThreadPoolExecutor() as threads:
         jobs = {}
@@ -84,8 +94,8 @@ def compile_all(
             index = jax.ShapeDtypeStruct((), jnp.int32)
             try:
                 lowered = [jax.jit(step).lower(state, index, operands)]
-                if count is not None:
-                    chain = jax.jit(repeat(step, count), donate_argnums=0)
+                if is_timed:
+                    chain = jax.jit(repeat(step, CHAIN, name in loops), donate_argnums=0)
                     lowered.append(chain.lower((index, state), operands))
             except Exception as error:  # whatever a kernel's own checks raise; it is told in the table
                 found[name] = error
@@ -94,7 +104,7 @@ def compile_all(
         for name, job in jobs.items():
             try:
                 executables = [future.result() for future in job]
-                found[name] = Contender(executables[0], executables[1] if count is not None else None)
+                found[name] = Contender(executables[0], executables[1] if is_timed else None)
             except Exception as error:  # compilers raise errors of their own kinds
                 found[name] = error
     return found
@@ -103,9 +113,9 @@ def compile_all(
 class Stopwatch:
     """Times executions of one contender; the state goes from hand to hand, so that a large one exists once."""
 
-    def __init__(self, contender: Contender, operands: Any, long_s: float = LONG_S, count: int = CHAIN) -> None:
+    def __init__(self, contender: Contender, operands: Any, long_s: float = LONG_S) -> None:
         """`long_s` infinite: chained at any length, for calls that work in place only where their state is donated."""
-        self.contender, self.operands, self.long_s, self.count = contender, operands, long_s, count
+        self.contender, self.operands, self.long_s = contender, operands, long_s
         self.single_s = math.inf  # seconds of one call, with its dispatch
         self.calls = 1  # executions of a round
 
@@ -123,7 +133,7 @@ class Stopwatch:
     @property
     def is_chained(self) -> bool:
         """Whether calls are short enough to be chained."""
-        return self.single_s * self.count <= self.long_s
+        return self.single_s * CHAIN <= self.long_s
 
     @property
     def _chain(self) -> Executable:
@@ -143,7 +153,7 @@ class Stopwatch:
             return carry
 
         spent, (_, state) = timed(queue)
-        return state, spent / (self.calls * self.count)
+        return state, spent / (self.calls * CHAIN)
 
 
 class Judged(NamedTuple):
@@ -224,6 +234,12 @@ class Ceilings(NamedTuple):
     read: float  # bytes read a second, of a large array summed
     matrix: float  # floating-point operations a second, of a large square product in the cases' dtype
     dtype: str
+
+    def best(self, other: Ceilings) -> Ceilings:
+        """The higher of each; what else the machine does can only lower them."""
+        return Ceilings(
+            max(self.copy, other.copy), max(self.read, other.read), max(self.matrix, other.matrix), self.dtype
+        )
 
 
 def measure_ceilings(preset: Preset) -> Ceilings:

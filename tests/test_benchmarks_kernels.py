@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import kernels, kernels_attention, kernels_blocks, kernels_step, tune_tiles
+from benchmarks import kernels, kernels_attention, kernels_blocks, kernels_step, kernels_timing, tune_tiles
 from benchmarks.kernels_attention import Group, make_groups, make_meta, queries
 from benchmarks.kernels_cases import (
     GPT_J,
@@ -42,7 +42,7 @@ from benchmarks.kernels_timing import (
     repeat,
 )
 from jaxcept.runner.runner import DeviceRunner
-from jaxcept_kernels.attention import paged_attention, write_kv
+from jaxcept_kernels.attention import write_kv
 from jaxcept_kernels.layout import KVPool
 from jaxcept_kernels.pallas import ragged_attention
 from jaxcept_kernels.pallas.ragged_attention import ragged_paged_attention
@@ -115,11 +115,17 @@ def test_of_two_looks_at_the_ceilings_the_better_counts() -> None:
     assert Ceilings(1, 9, 3, "float32").best(Ceilings(2, 8, 3, "float32")) == Ceilings(2, 9, 3, "float32")
 
 
-def test_a_chain_goes_on_where_the_last_one_ended() -> None:
+@pytest.fixture
+def short_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels_timing, "CHAIN", 2)
+
+
+@pytest.mark.parametrize("is_loop", [False, True])
+def test_a_chain_goes_on_where_the_last_one_ended(is_loop: bool) -> None:
     def step(state: jax.Array, index: jax.Array, operand: jax.Array) -> jax.Array:
         return state * operand + index.astype(jnp.float32)
 
-    chain = jax.jit(repeat(step, 3))
+    chain = jax.jit(repeat(step, 3, is_loop))
     carry = (jnp.int32(0), jnp.float32(1))
     for _ in range(2):
         carry = chain(carry, jnp.float32(2))
@@ -129,6 +135,7 @@ def test_a_chain_goes_on_where_the_last_one_ended() -> None:
     assert int(carry[0]) == 6 and float(carry[1]) == want
 
 
+@pytest.mark.usefixtures("short_chains")
 def test_what_is_wrong_or_does_not_run_is_not_timed() -> None:
     def refuse(state: jax.Array, index: jax.Array, operand: jax.Array) -> jax.Array:
         raise TypeError("no such shape")
@@ -211,6 +218,7 @@ def test_results_are_saved_and_read_again(tmp_path: Path) -> None:
     assert merged == RESULTS
 
 
+@pytest.mark.usefixtures("short_chains")
 def test_a_small_run_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     preset = replace(TINY, batches=(2,), contexts=(32, 4096), prefills=(Prefill(1, 8, 16),), rounds=1)
     monkeypatch.setitem(PRESETS, "tiny", replace(preset, step=preset.step._replace(batches=(2,))))
@@ -235,6 +243,7 @@ def test_a_small_run_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "copy" in report(results) and (tmp_path / "kernels.svg").is_file()
 
 
+@pytest.mark.usefixtures("short_chains")
 def test_interpreted_kernels_are_checked_and_not_timed() -> None:
     preset = replace(TINY, batches=(2,), contexts=(32,), writes=(4,), moves=(), rounds=1)
     rows = list(kernels_attention.run_attention(preset, preset.steps("decode"), SOON, interpret_check=True))
@@ -253,6 +262,7 @@ def test_out_of_time_is_told() -> None:
     assert len(rows) == 8 and {row.note for row in rows} == {"out of time"}
 
 
+@pytest.mark.usefixtures("short_chains")
 def test_moves_are_measured() -> None:
     preset = replace(TINY, writes=(), rounds=1)
     rows = [row for row in kernels_blocks.run_blocks(preset, SOON) if row.implementation == "xla"]
@@ -270,6 +280,7 @@ def test_sections_are_named(capsys: pytest.CaptureFixture[str]) -> None:
 # What only a GPU runs.
 
 
+@pytest.mark.usefixtures("short_chains")
 def test_a_kernel_that_the_device_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # what interprets here stands for the GPU's kernel
     monkeypatch.setattr(kernels_attention, "PEER_CONTEXT", 64)  # which the peer takes in 16 splits
@@ -300,7 +311,7 @@ def test_chains_of_pallas_attention_lower_for_cuda(chunk: int) -> None:
     tables = np.arange(group.layout.num_blocks).reshape(2, -1)
     step = partial(kernels_attention.step, group, partial(ragged_paged_attention, tiles=None))
     text = lowered(repeat(step, 4), (jnp.int32(0), queries(group)), (pool, make_meta(group, 4096, tables)))
-    assert ("decode_attention" if chunk == 1 else "prefill_attention") in text and "while" in text
+    assert ("decode_attention" if chunk == 1 else "prefill_attention") in text
 
 
 @pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
@@ -420,6 +431,7 @@ def test_tuning_takes_the_fastest_that_runs_everywhere() -> None:
     assert tune_tiles.choose(start, 100, measure, Deadline.after(0), []) == start
 
 
+@pytest.mark.usefixtures("short_chains")
 def test_candidates_that_fail_or_differ_are_out(monkeypatch: pytest.MonkeyPatch) -> None:
     preset = replace(TINY, rounds=1)
     (group,) = make_groups(SMALL, preset, (Prefill(2, 1, 32),), 64)
@@ -427,10 +439,10 @@ def test_candidates_that_fail_or_differ_are_out(monkeypatch: pytest.MonkeyPatch)
     default = ENTRIES["default"].tiles
     wanted = [default, *(replace(default, decode=Tile(16, keys, 2, 1)) for keys in (16, 32, 64))]
 
-    def attend(*args: Any, tiles: AttentionTiles, **options: Any) -> jax.Array:
+    def attend(q: jax.Array, *_: object, tiles: AttentionTiles, scale: float) -> jax.Array:
         if tiles == wanted[1]:
             raise ValueError("too much shared memory")
-        return paged_attention(*args, **options) * jnp.float32(1.1 if tiles == wanted[2] else 1.0)
+        return q * jnp.float32(scale * 1.1 if tiles == wanted[2] else scale)
 
     monkeypatch.setattr(ragged_attention, "ragged_paged_attention", attend)
     monkeypatch.setattr(tune_tiles, "AT_ONCE", 2)
