@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-from asgi_clients import anthropic_async, openai_async, run
+from asgi_clients import anthropic_async, gone_after, openai_async, run
 from starlette.applications import Starlette
 
 from jaxcept import AsyncLLM
@@ -169,3 +170,25 @@ def test_a_prompt_is_warmed(make_app: Callable[..., Starlette]) -> None:
         assert made.usage is not None and made.usage.input_tokens_details.cached_tokens >= 32
 
     run(loop())
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+def test_a_client_that_goes_away_leaves_nothing_behind(
+    llm: AsyncLLM, make_app: Callable[..., Starlette], path: str
+) -> None:
+    async def leave() -> None:
+        app = make_app()
+        fields = {"model": "shipped", "max_tokens": 300, "messages": [{"role": "user", "content": LOOP[0][0]}]}
+        body: dict[str, Any] = {"input": LOOP[0][0]} if path == "/v1/responses" else fields
+        before = (await llm.ask(lambda session: session.engine.metrics()))["num_intercepted"]
+        for num_chunks in (0, 2):
+            await gone_after(app, path, {**body, "stream": True}, num_chunks)
+        for _ in range(100):
+            figures = await llm.ask(lambda session: session.engine.metrics())
+            if not figures["num_running"] + figures["num_waiting"]:
+                break
+            await asyncio.sleep(0.05)
+        assert figures["num_running"] == figures["num_waiting"] == 0
+        assert figures["num_intercepted"] == before, "no context waits for a client that is gone"
+
+    run(leave())

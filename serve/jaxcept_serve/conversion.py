@@ -105,9 +105,9 @@ def with_one_system(messages: Sequence[Message]) -> list[Message]:
     return [{"role": "system", "content": "\n\n".join(texts)}, *messages[count:]]
 
 
-def with_server_calls(messages: Sequence[Message]) -> list[Message]:
+def with_server_calls(messages: Sequence[Object]) -> list[Object]:
     """The messages with the calls that this server ran as messages of their own: a call, its answer, what came next."""
-    made: list[Message] = []
+    made: list[Object] = []
     for message in messages:
         calls = message.get(SERVER_CALLS)
         if not calls:

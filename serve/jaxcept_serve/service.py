@@ -6,7 +6,7 @@ import asyncio
 import re
 import secrets
 from array import array
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -23,6 +23,7 @@ from jaxcept.tools.calls import ParsedCall, ToolCall
 from jaxcept.tools.parsers import ToolCallParser
 from jaxcept.tools.toolbox import Toolbox
 from jaxcept_serve.call_stream import CallStream
+from jaxcept_serve.conversion import with_server_calls
 from jaxcept_serve.turns import (
     Caller,
     ChatTurn,
@@ -186,7 +187,7 @@ class EngineService:
                 self.llm.abort(follows)
             refuse(error)
         run = _Run(self, turn.params, prompt.ids, calls, stream, holds=hold_s is not None)
-        return self._watch(run, lambda finished: self._remember(turn, prompt, run, finished))
+        return _Watched(self._watch(run, lambda finished: self._remember(turn, prompt, run, finished)), stream)
 
     async def complete(self, turn: PromptTurn, caller: Caller) -> AsyncIterator[TurnEvent]:
         """Starts a completion of a prompt as it stands."""
@@ -203,7 +204,7 @@ class EngineService:
             )
         except (ValueError, EngineDeadError) as error:
             refuse(error)
-        return self._watch(_Run(self, turn.params, ids, None, stream), lambda finished: None)
+        return _Watched(self._watch(_Run(self, turn.params, ids, None, stream), lambda finished: None), stream)
 
     async def ids_of(self, prompt: str | Sequence[int], add_special_tokens: bool = True) -> list[int]:
         """Ids of a prompt that is given as it stands; a long one is encoded beside the event loop."""
@@ -213,7 +214,7 @@ class EngineService:
             return await asyncio.to_thread(self._tokenizer.encode, prompt, add_special_tokens)
         return self._tokenizer.encode(prompt, add_special_tokens)
 
-    async def _watch(self, run: _Run, on_held: Callable[[TurnFinished], None]) -> AsyncIterator[TurnEvent]:
+    async def _watch(self, run: _Run, on_held: Callable[[TurnFinished], None]) -> AsyncGenerator[TurnEvent, None]:
         """The events of a turn; whoever closes them early aborts it."""
         with closing(run.stream):
             try:
@@ -305,7 +306,7 @@ class EngineService:
         answers = [
             {"role": "tool", "tool_call_id": call_id, "content": text} for call_id, text in known.answers.items()
         ]
-        messages = [*answers, *rest] if rest[0].get("role") == "tool" else rest
+        messages = with_server_calls([*answers, *rest] if rest[0].get("role") == "tool" else rest)
         try:
             return self._tokenizer.encode_following(
                 known.calls,
@@ -320,7 +321,7 @@ class EngineService:
     def _encode_whole(self, turn: ChatTurn, toolbox: Toolbox | None) -> list[int]:
         try:
             return self._tokenizer.encode_chat(
-                turn.messages,
+                with_server_calls(turn.messages),
                 toolbox.schemas() if toolbox is not None else None,
                 turn.add_generation_prompt,
                 **turn.template_kwargs,
@@ -353,6 +354,26 @@ class EngineService:
             raise ServiceError(503, "the server is shutting down", retry_after_s=5.0)
         if not self.is_alive:
             raise ServiceError(503, "the engine has failed", retry_after_s=30.0)
+
+
+class _Watched:
+    """A turn's events. Closing them ends the turn even where nobody asked for the first: a generator that was never
+    started would not."""
+
+    def __init__(self, events: AsyncGenerator[TurnEvent, None], stream: Stream) -> None:
+        self._events = events
+        self._stream = stream
+
+    def __aiter__(self) -> _Watched:
+        return self
+
+    async def __anext__(self) -> TurnEvent:
+        return await anext(self._events)
+
+    async def aclose(self) -> None:
+        """Ends the turn, if it has not ended."""
+        await self._events.aclose()
+        self._stream.close()
 
 
 class _Completion:
