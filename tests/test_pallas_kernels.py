@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from kernel_batches import Batch, attention_in_float64, make_batch, written_pool
 
 from jaxcept_kernels.layout import KVLayout, KVPool
 from jaxcept_kernels.pallas.blocks import copy_blocks_pallas, gather_each_pallas, scatter_each_pallas
+from jaxcept_kernels.pallas.common import device_kind
 from jaxcept_kernels.pallas.ragged_attention import ragged_paged_attention
 from jaxcept_kernels.pallas.tiles import AttentionTiles, Tile
 from jaxcept_kernels.pallas.write_kv import write_kv_pallas
@@ -51,8 +53,19 @@ def test_mixed_batches_in_float32(heads: int, kv_heads: int, head_dim: int, tile
     check(batch, layout, 2e-6, tiles=tiles)
 
 
+A100 = AbstractDevice("NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu")
+
+
 def lowered(function: Callable[..., object], *args: object) -> str:
-    return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    """Lowered for a GPU that is not there."""
+    with use_abstract_mesh(AbstractMesh((1,), ("heads",), abstract_device=A100)):
+        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_tiles_are_those_of_the_device_that_is_traced_for() -> None:
+    assert device_kind() == jax.devices()[0].device_kind
+    with use_abstract_mesh(AbstractMesh((1,), ("heads",), abstract_device=A100)):
+        assert device_kind() == "NVIDIA A100-SXM4-80GB"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
