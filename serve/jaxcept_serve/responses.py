@@ -221,9 +221,10 @@ class Responses:
             for made in builder.start():
                 yield event(made, made["type"])
             self._keep(run, run.cancel)
-            async for turn_event in _until_cancelled(run, events):
-                for made in builder.feed(turn_event):
-                    yield event(made, made["type"])
+            async with closing(_until_cancelled(run, events)) as live:
+                async for turn_event in live:
+                    for made in builder.feed(turn_event):
+                        yield event(made, made["type"])
             ending = builder.cancel() if run.cancelled.is_set() else self._complete(run)
         except ServiceError as error:
             ending = builder.fail(error.message, "invalid_prompt" if error.status < 500 else "server_error")
