@@ -107,8 +107,10 @@ for line in sys.stdin:
 
 
 @pytest.fixture(autouse=True)
-def quick_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short where a test would only wait, long where a slow machine may need it."""
     monkeypatch.setattr(stdio, "_EXIT_WAIT_S", 0.3)
+    monkeypatch.setattr(mcp, "CALL_WAIT_S", 20.0)
 
 
 @pytest.fixture

@@ -46,9 +46,10 @@ def api_file(tmp_path: Path, *names: str) -> str:
     return str(path)
 
 
-def test_everything_in_one_toolbox(tmp_path: Path) -> None:
-    pytest.importorskip("mcp")
+def test_everything_in_one_toolbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mcp = pytest.importorskip("jaxcept.tools.mcp", reason="needs the extra mcp")
     pytest.importorskip("httpcore2")
+    monkeypatch.setattr(mcp, "CALL_WAIT_S", 20.0)
     server = tmp_path / "server.py"
     server.write_text(SERVER)
 
