@@ -19,6 +19,7 @@ from benchmarks.kernels_cases import Prefill, Preset, Shape, attention_work
 from benchmarks.kernels_report import INTERPRETED, Row
 from benchmarks.kernels_timing import (
     CACHE_BYTES,
+    Chain,
     Contender,
     Deadline,
     compare,
@@ -127,7 +128,7 @@ def run_group(
     first = meta[group.contexts[0]]
     ours = {name: partial(step, group, attend) for name, attend in attentions(group.layout).items()}
     # The reference compiles many times faster as a loop; what that adds to its time is little.
-    compiled = compile_all({name: (each, q, (pool, first)) for name, each in ours.items()}, loops=("xla",))
+    compiled = compile_all({name: (each, q, (pool, first)) for name, each in ours.items()}, {"xla": Chain.LOOP})
     for context in group.contexts:
         if until.left_s <= 0:
             yield skipped(group, context, "out of time")

@@ -14,6 +14,7 @@ import numpy as np
 from benchmarks.kernels_cases import Preset, Shape, Work, move_work, write_work
 from benchmarks.kernels_report import INTERPRETED, Row, reason
 from benchmarks.kernels_timing import (
+    Chain,
     Contender,
     Deadline,
     Judged,
@@ -100,7 +101,9 @@ def makers(shape: Shape, preset: Preset, layout: KVLayout) -> Iterator[Callable[
 
 def run_case(case: Case, pool: KVPool, preset: Preset) -> tuple[list[Row], KVPool]:
     """A row for each implementation, and the pool, which the case may have taken over."""
-    compiled = compile_all(steps_of(case, case.functions))
+    # A gather's result is not what the next one works on: only a loop keeps them all.
+    chain = {"write_kv": Chain.FIXED, "gather_blocks": Chain.LOOP}.get(case.kernel, Chain.LAYERS)
+    compiled = compile_all(steps_of(case, case.functions), dict.fromkeys(case.functions, chain))
     judged = judge_case(case, compiled)
     state, seconds = compare(judged.right, case.state, preset.rounds, preset.round_s)
     is_in_place = case.kernel != "gather_blocks"

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import Enum, auto
 from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
@@ -58,12 +59,16 @@ class Contender(NamedTuple):
     chain: Executable | None  # ((index, state), operands) → (index, state); None where it is checked alone
 
 
-def repeat(step: Step, count: int, is_loop: bool = False) -> Executable:
-    """`count` calls, each on what the last one returned; the index goes on from execution to execution.
+class Chain(Enum):
+    """How calls follow each other in one executable."""
 
-    Written out, so that what calls have in common is computed once, as over the layers of a model; or as a loop, which
-    compiles faster and computes it anew for each call.
-    """
+    LAYERS = auto()  # written out as a model's layers: what calls have in common is computed once
+    FIXED = auto()  # so too, and each execution begins at index 0: what depends on the index is known to the compiler
+    LOOP = auto()  # compiles fast, computes all anew for each call; for results that the next call does not use, too
+
+
+def repeat(step: Step, count: int, chain: Chain = Chain.LAYERS) -> Executable:
+    """`count` calls, each on what the last one returned; the index goes on from execution to execution."""
     one = jax.jit(step)
 
     def body(_: Any, carry: tuple[jax.Array, Any], operands: Any) -> tuple[jax.Array, Any]:
@@ -71,19 +76,21 @@ def repeat(step: Step, count: int, is_loop: bool = False) -> Executable:
         return index + jnp.int32(1), one(state, index, operands)
 
     def run(carry: tuple[jax.Array, Any], operands: Any) -> tuple[jax.Array, Any]:
-        if is_loop:
+        if chain is Chain.LOOP:
             last: tuple[jax.Array, Any] = jax.lax.fori_loop(0, count, partial(body, operands=operands), carry)
             return last
-        for _ in range(count):
-            carry = body(None, carry, operands)
-        return carry
+        index, state = carry
+        for place in range(count):
+            at = jnp.int32(place) if chain is Chain.FIXED else index + jnp.int32(place)
+            state = one(state, at, operands)
+        return index + jnp.int32(count), state
 
     return run
 
 
 def compile_all(
     steps: Mapping[str, tuple[Step, Any, Any]],  # name → step, state, operands (or their shapes)
-    loops: Collection[str] = (),  # whose chains are loops
+    chains: Mapping[str, Chain] | None = None,  # of those that are not LAYERS
     is_timed: bool = True,
 ) -> dict[str, Contender | Exception]:
     """Every step compiled once and, if it will be timed, chained; on all cores. What does not compile gives why."""
@@ -95,8 +102,8 @@ def compile_all(
             try:
                 lowered = [jax.jit(step).lower(state, index, operands)]
                 if is_timed:
-                    chain = jax.jit(repeat(step, CHAIN, name in loops), donate_argnums=0)
-                    lowered.append(chain.lower((index, state), operands))
+                    calls = repeat(step, CHAIN, (chains or {}).get(name, Chain.LAYERS))
+                    lowered.append(jax.jit(calls, donate_argnums=0).lower((index, state), operands))
             except Exception as error:  # whatever a kernel's own checks raise; it is told in the table
                 found[name] = error
                 continue

@@ -32,6 +32,7 @@ from benchmarks.kernels_cases import (
 from benchmarks.kernels_report import Results, Row, aims_met, kernel_table, report, save
 from benchmarks.kernels_timing import (
     Ceilings,
+    Chain,
     Contender,
     Deadline,
     Stopwatch,
@@ -43,7 +44,7 @@ from benchmarks.kernels_timing import (
 )
 from jaxcept.runner.runner import DeviceRunner
 from jaxcept_kernels.attention import write_kv
-from jaxcept_kernels.layout import KVPool
+from jaxcept_kernels.layout import KVLayout, KVPool
 from jaxcept_kernels.pallas import ragged_attention
 from jaxcept_kernels.pallas.ragged_attention import ragged_paged_attention
 from jaxcept_kernels.pallas.tiles import ENTRIES, AttentionTiles, Tile, TileEntry, read_tiles, tiles_for, write_tiles
@@ -120,19 +121,41 @@ def short_chains(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels_timing, "CHAIN", 2)
 
 
-@pytest.mark.parametrize("is_loop", [False, True])
-def test_a_chain_goes_on_where_the_last_one_ended(is_loop: bool) -> None:
+@pytest.mark.parametrize("kind", Chain)
+def test_a_chain_goes_on_where_the_last_one_ended(kind: Chain) -> None:
     def step(state: jax.Array, index: jax.Array, operand: jax.Array) -> jax.Array:
         return state * operand + index.astype(jnp.float32)
 
-    chain = jax.jit(repeat(step, 3, is_loop))
+    chain = jax.jit(repeat(step, 3, kind))
     carry = (jnp.int32(0), jnp.float32(1))
     for _ in range(2):
         carry = chain(carry, jnp.float32(2))
     want = 1.0
     for index in range(6):
-        want = want * 2 + index
+        want = want * 2 + (index % 3 if kind is Chain.FIXED else index)
     assert int(carry[0]) == 6 and float(carry[1]) == want
+
+
+def test_every_gather_of_a_chain_is_made() -> None:
+    layout = kernels_blocks.make_layout(SMALL, TINY, None)
+    pool = KVPool(*(noise(layout.shape, layout.dtype, i) for i in (1, 2)))
+    case = kernels_blocks.move_case("gather_blocks", SMALL, layout, 2, pool)
+    seen: list[int] = []
+
+    def gather(pool: KVPool, layout: KVLayout, ids: jax.Array) -> KVPool:
+        jax.debug.callback(lambda ids: seen.append(int(ids[0])), ids)
+        return case.functions["xla"](pool, layout, ids)
+
+    functions = {"xla": gather}
+    compiled = compile_all(kernels_blocks.steps_of(case, functions), {"xla": Chain.LOOP})
+    _, staging = compiled["xla"].chain((jnp.int32(0), KVPool(*map(jnp.array, case.state))), case.operands)
+    jax.block_until_ready(staging)
+    jax.effects_barrier()
+    ids = np.asarray(case.operands[1])
+    assert sorted(seen) == sorted(int(ids[2 * i % layout.num_blocks]) for i in range(16))
+    last = ids[np.arange(30, 32) % layout.num_blocks]
+    wanted = np.asarray(pool.k).reshape(layout.num_layers, -1, *layout.shape[1:])[:, last].swapaxes(0, 1)
+    np.testing.assert_array_equal(staging.k, wanted)
 
 
 @pytest.mark.usefixtures("short_chains")
