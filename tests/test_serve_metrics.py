@@ -3,6 +3,7 @@
 import json
 import re
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -237,3 +238,12 @@ def test_every_query_of_the_dashboard_names_a_metric_that_is_exported():
         assert named and set(named) <= exported(), expression
     queried = {name for expression in expressions for name in re.findall(r"(?:vllm|jaxcept):[a-z0-9_]+", expression)}
     assert {"jaxcept:waste_byte_seconds_total", "jaxcept:intercepted_blocks", "jaxcept:interceptions_total"} <= queried
+
+
+def test_every_metric_is_documented():
+    text = (Path(__file__).parent.parent / "docs" / "observing.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:vllm|jaxcept):[a-z0-9_]+)`", text)) | {"vllm:num_requests_waiting"}
+    telemetry = Telemetry("m", 64)
+    telemetry.held = lambda: 0.0
+    families = {family.name + ("_total" if family.type == "counter" else "") for family in telemetry.collect()}
+    assert named == families | {"jaxcept:step_prediction_error_ratio"}
