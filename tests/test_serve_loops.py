@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import anthropic
+import openai
 import pytest
 from asgi_clients import anthropic_async, gone_after, openai_async, run
 from starlette.applications import Starlette
@@ -192,3 +194,17 @@ def test_a_client_that_goes_away_leaves_nothing_behind(
         assert figures["num_intercepted"] == before, "no context waits for a client that is gone"
 
     run(leave())
+
+
+def test_a_prompt_that_is_too_long_is_told_in_known_words(make_app: Callable[..., Starlette]) -> None:
+    async def ask() -> None:
+        app, text = make_app(), "word " * 2000
+        with pytest.raises(openai.BadRequestError) as told:
+            await openai_async(app).responses.create(model="shipped", input=text)
+        assert (told.value.code, told.value.param) == ("context_length_exceeded", "input")
+        with pytest.raises(anthropic.BadRequestError, match=r"prompt is too long: \d+ tokens > 511 maximum"):
+            await anthropic_async(app).messages.create(
+                model="shipped", max_tokens=9, messages=[{"role": "user", "content": text}]
+            )
+
+    run(ask())

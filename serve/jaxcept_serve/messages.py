@@ -19,7 +19,7 @@ from jaxcept_serve.client_tools import ToolLimits, constrained_to_schema, read_f
 from jaxcept_serve.conversion import messages_of_anthropic, with_one_system
 from jaxcept_serve.message_events import MessageBuilder
 from jaxcept_serve.sse import closing, event
-from jaxcept_serve.turn_chunks import TurnChunks
+from jaxcept_serve.turn_chunks import TurnChunks, begin_turn
 from jaxcept_serve.turns import Caller, ChatTurn, Hints, ServiceError, TurnDone, TurnEvent
 from jaxcept_serve.wire import (
     Body,
@@ -106,7 +106,7 @@ class Messages:
         ask = self._read(body, values, request)
         api.admit()
         if values["stream"]:
-            events = await api.service.chat(ask.turn, caller)
+            events = await begin_turn(api.service, ask.turn, caller, "messages")
             return api.stream(request, TurnChunks(self._stream(events, ask, caller), events))
         return json_response(await api.collect(request, self._whole(ask, caller)))
 
@@ -119,7 +119,7 @@ class Messages:
 
     async def _whole(self, ask: _Ask, caller: Caller) -> dict[str, Any]:
         builder = MessageBuilder(ask.turn.request_id, ask.model)
-        async with closing(await self._api.service.chat(ask.turn, caller)) as events:
+        async with closing(await begin_turn(self._api.service, ask.turn, caller, "messages")) as events:
             async for turn_event in events:
                 builder.feed(turn_event)
         _check(builder)

@@ -32,7 +32,7 @@ from jaxcept_serve.response_request import (
 )
 from jaxcept_serve.response_store import ResponseStore, StoredResponse
 from jaxcept_serve.sse import DONE, INTERNAL_ERROR, closing, event
-from jaxcept_serve.turn_chunks import TurnChunks
+from jaxcept_serve.turn_chunks import TurnChunks, begin_turn
 from jaxcept_serve.turns import Caller, ChatTurn, ServiceError, TurnDone, TurnEvent
 from jaxcept_serve.wire import Body, bad, json_response, read_fields, shown
 
@@ -87,7 +87,7 @@ class Responses:
         run = await self._read(read_fields(body, RESPONSE_FIELDS), request)
         api.admit()
         if run.values["stream"]:
-            events = await api.service.chat(run.turn, run.caller)
+            events = await begin_turn(api.service, run.turn, run.caller, "input")
             return api.stream(request, TurnChunks(self._stream(run, events), events))
         return json_response(await api.collect(request, self._whole(run)))
 
@@ -206,7 +206,7 @@ class Responses:
         return previous
 
     async def _whole(self, run: _Run) -> dict[str, Any]:
-        async with closing(await self._api.service.chat(run.turn, run.caller)) as events:
+        async with closing(await begin_turn(self._api.service, run.turn, run.caller, "input")) as events:
             async for turn_event in events:
                 run.builder.feed(turn_event)
         self._complete(run)

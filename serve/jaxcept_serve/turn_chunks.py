@@ -1,11 +1,32 @@
-"""The chunks of a streamed turn, closed together with the turn."""
+"""A turn begun in an API's own terms, and the chunks of a streamed one, closed together with it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, AsyncIterator
 
 from jaxcept_serve.sse import closing
-from jaxcept_serve.turns import TurnEvent
+from jaxcept_serve.turns import Caller, ChatTurn, Service, ServiceError, TurnEvent
+
+_TOO_LONG = re.compile(r"prompt_ids has (\d+) ids: expected at most (\d+)")
+_PROMPT_FIELDS = ("prompt", "messages")
+
+
+async def begin_turn(service: Service, turn: ChatTurn, caller: Caller, prompt_field: str) -> AsyncIterator[TurnEvent]:
+    """Starts a turn; what is wrong with its prompt is told of the field that the API has it in.
+
+    A prompt that is too long is told in the words by which coding agents know that it is time to summarize.
+    """
+    try:
+        return await service.chat(turn, caller)
+    except ServiceError as error:
+        found = _TOO_LONG.search(error.message)
+        if found is not None:
+            text = f"{prompt_field}: prompt is too long: {found[1]} tokens > {found[2]} maximum"
+            raise ServiceError(400, text, param=prompt_field, code="context_length_exceeded") from None
+        if error.param in _PROMPT_FIELDS and error.param != prompt_field:
+            raise ServiceError(error.status, f"{prompt_field}: {error.message}", param=prompt_field) from None
+        raise
 
 
 class TurnChunks:
