@@ -48,7 +48,8 @@ def make_app(llm: AsyncLLM) -> Callable[..., Starlette]:
     assert parser is not None
 
     def make(tools: Sequence[Tool] = ()) -> Starlette:
-        service = EngineService(llm, ["shipped"], toolbox=Toolbox(tools), make_parser=lambda: make_parser(parser))
+        box = Toolbox(tools)
+        service = EngineService(llm, ["shipped"], tools=lambda: box, make_parser=lambda: make_parser(parser))
         return create_app(service, extra_routes=[responses.routes, messages.routes])
 
     return make

@@ -95,7 +95,7 @@ class Conversation:
         self.messages.append(tool_message(call_id, content))
 
 
-def with_one_system(messages: Sequence[Message]) -> list[Message]:
+def with_one_system(messages: Sequence[Object]) -> list[Object]:
     """The messages with the leading ones of the system as one: many templates take no second."""
     count = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
     if count < 2:

@@ -57,7 +57,7 @@ class _Run:
     turn: ChatTurn
     values: Body
     items: list[dict[str, Any]]
-    messages: list[Message]
+    messages: list[Mapping[str, Any]]
     own: list[Message]
     digest: PromptDigest
     conversation: str
@@ -156,15 +156,14 @@ class Responses:
         model = api.check_model(values["model"])
         previous = self._previous(values["previous_response_id"], caller)
         given, own = read_input(values, lambda item_id: self.store.item(caller.salt, item_id), api.options)
-        history: list[Message] = [] if previous is None else [dict(message) for message in previous.messages]
-        messages = [*history, *own]
+        messages = [*(() if previous is None else previous.messages), *own]
         tool_choice, tools = read_tool_choice(values["tool_choice"], read_tools(values, api.options))
         hints = api.hints(values, request)
         conversation = hints.conversation or response_id if previous is None else previous.conversation
         ours: Mapping[str, Any] = values["jaxcept"] or {}
         max_tool_calls = values.get("max_tool_calls")
         instructions = values["instructions"]
-        system = [{"role": "system", "content": instructions}] if instructions else []
+        system: list[Mapping[str, Any]] = [{"role": "system", "content": instructions}] if instructions else []
         turn = ChatTurn(
             request_id=response_id,  # a client's X-Request-Id may come twice
             messages=with_one_system([*system, *messages]),
