@@ -222,7 +222,7 @@ def test_only_so_many_contexts_wait(llm: AsyncLLM):
 
 def test_the_servers_tools_run_in_one_turn(llm: AsyncLLM, box: Toolbox):
     async def conversation() -> None:
-        service = EngineService(llm, ["shipped"], toolbox=box, make_parser=lambda: make_parser("hermes"))
+        service = EngineService(llm, ["shipped"], tools=lambda: box, make_parser=lambda: make_parser("hermes"))
         events = [event async for event in await service.chat(turn(QUESTION, tools=[]), ME)]
         pieces = [event for event in events if isinstance(event, CallDelta)]
         assert json.loads("".join(piece.arguments for piece in pieces)) == {"expression": "37*91"}
@@ -252,7 +252,7 @@ def test_the_servers_and_the_clients_tools_in_one_turn(llm: AsyncLLM, box: Toolb
         raise AssertionError("the client answers it")
 
     async def conversation() -> None:
-        service = EngineService(llm, ["shipped"], toolbox=box, make_parser=lambda: make_parser("hermes"))
+        service = EngineService(llm, ["shipped"], tools=lambda: box, make_parser=lambda: make_parser("hermes"))
         written = (
             '<tool_call>\n{"name": "calculator", "arguments": {"expression": "6*7"}}\n</tool_call>\n'
             '<tool_call>\n{"name": "lookup", "arguments": {"entity": "x", "attribute": "y"}}\n</tool_call>'
@@ -281,6 +281,8 @@ def test_the_servers_and_the_clients_tools_in_one_turn(llm: AsyncLLM, box: Toolb
 
 async def dictated(service: EngineService, asked: ChatTurn, ids: Sequence[int]) -> list[TurnEvent]:
     """The events of a turn in which the model draws these ids and then ends it."""
+    while await service.llm.ask(lambda session: session.engine.num_in_flight):
+        await asyncio.sleep(0.01)
     sample = service.llm.session.engine.runner.collect
     left = [*ids, service.llm.session.tokenizer.eos_id]
 

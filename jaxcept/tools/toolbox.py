@@ -47,23 +47,6 @@ class Toolbox:
         self._owns_executor = executor is None
         self.executor = executor or Executor(clock, limits or ToolLimits(), max_threads)
 
-    def view(self, names: Sequence[str] | None, schemas: Sequence[Mapping[str, Any]] = ()) -> Toolbox:
-        """Some of these tools (None: all), with further ones that are answered outside, on the same threads.
-
-        Only the toolbox itself is to be closed. Raises ValueError on a name that is unknown or used twice.
-        """
-        view: Toolbox = object.__new__(type(self))
-        view.__dict__ = {**self.__dict__, "_tools": {}}
-        for name in self._tools if names is None else names:
-            if name not in self._tools:
-                raise ValueError(f"there is no tool {name!r}; {self._names()}")
-            view._tools[name] = self._tools[name]
-        for made in map(Tool.from_schema, schemas):
-            if made.name in view._tools:
-                raise ValueError(f"two tools are named {made.name!r}; give one of them another name")
-            view._tools[made.name] = made
-        return view
-
     def schemas(self) -> list[dict[str, Any]]:
         """The tools in the OpenAI form, in the order given."""
         return [made.schema for made in self._tools.values()]

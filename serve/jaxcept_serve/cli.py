@@ -24,7 +24,7 @@ from jaxcept.scheduler.policies.catalog import POLICIES
 from jaxcept.tools.definition import Tool
 from jaxcept.tools.parsers import PARSERS
 from jaxcept_serve import bench
-from jaxcept_serve.load_tools import load_tools
+from jaxcept.tools.load import load_tools
 
 COST_FIELDS = (
     "overhead_s", "floor_s", "token_s", "context_token_s", "pair_s", "saturation_tokens", "kv_token_bytes",

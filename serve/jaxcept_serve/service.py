@@ -65,7 +65,7 @@ class _Prompt:
 class EngineService:
     """The Service of one engine. Lives in one event loop; the engine has a thread of its own.
 
-    `toolbox` holds the tools that the server runs. `make_parser` makes a parser of the model's calls, None where its
+    `tools` gives the tools that the server runs, as they are at the moment. `make_parser` makes a parser of the model's calls, None where its
     template shows no format that is known.
     """
 
@@ -74,12 +74,13 @@ class EngineService:
         llm: AsyncLLM,
         model_names: Sequence[str],
         *,
-        toolbox: Toolbox | None = None,
+        tools: Callable[[], Toolbox] | None = None,
         make_parser: Callable[[], ToolCallParser] | None = None,
         hold: HoldOptions | None = None,
     ) -> None:
         self.llm = llm
-        self.toolbox = toolbox if toolbox is not None else Toolbox()
+        none = Toolbox()
+        self._tools = tools if tools is not None else lambda: none
         self.hold = hold or HoldOptions()
         self.conversations = Conversations(self.hold.max_known_ids, self.hold.max_held)
         self.is_draining = False
@@ -87,6 +88,11 @@ class EngineService:
         self._make_parser = make_parser
         self._tokenizer = llm.session.tokenizer
         self._token_bytes = llm.session.engine.ledger.block_bytes / llm.session.engine.scheduler.config.block_size
+
+    @property
+    def toolbox(self) -> Toolbox:
+        """The tools that the server runs."""
+        return self._tools()
 
     # What the server is.
 
@@ -275,7 +281,7 @@ class EngineService:
     def _tools_of(self, turn: ChatTurn) -> Toolbox | None:
         """The server's tools that the turn may use, and the client's."""
         try:
-            toolbox = self.toolbox.view(turn.run_tools, turn.tools)
+            toolbox = self.toolbox.select(turn.run_tools, turn.tools)
         except ValueError as error:
             raise ServiceError(400, str(error), param="tools") from None
         if turn.tool_choice not in ("none", "auto", "required") and turn.tool_choice not in toolbox:

@@ -1,0 +1,21 @@
+"""An MCP server with two tools, over its standard input and output: `jaxcept serve --mcp "tools=python mcp_tools.py"`."""
+
+from common import run_tool
+from mcp.server.fastmcp import FastMCP
+
+server = FastMCP("tools")
+
+
+@server.tool()
+def calculator(expression: str) -> str:
+    """Evaluate an arithmetic expression."""
+    return run_tool("calculator", {"expression": expression})
+
+
+@server.tool()
+def lookup(entity: str, attribute: str) -> str:
+    """Look up an attribute of an entity."""
+    return run_tool("lookup", {"entity": entity, "attribute": attribute})
+
+
+server.run()
