@@ -12,6 +12,7 @@ import pytest
 from jaxcept.scheduler.params import SamplingParams
 from jaxcept.scheduler.policies.discard import Discard
 from jaxcept.scheduler.request import Request
+from jaxcept_serve import page
 from jaxcept_serve.lanes import Lanes, LaneState
 from jaxcept_serve.limits import ApiKey, ServerOptions
 from jaxcept_serve.page import content_security_policy, read_page
@@ -124,6 +125,21 @@ def test_the_feed_asks_for_the_key():
         headers = {"authorization": "Bearer secret"}
         with httpx2.stream("GET", server.url + "/live", headers=headers, timeout=10) as response:
             assert next(response.iter_lines()).startswith("data:")
+
+
+def test_the_feed_has_room_for_so_many_pages(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(page, "MAX_WATCHERS", 1)
+    with FakeTraffic(4) as traffic, PageServer(traffic) as server:
+        with httpx2.stream("GET", server.url + "/live", timeout=10) as response:
+            lines = response.iter_lines()
+            assert next(lines).startswith("data:")
+            refused = httpx2.get(server.url + "/live")
+            assert refused.status_code == 503 and refused.headers["retry-after"]
+        for _ in range(100):
+            with httpx2.stream("GET", server.url + "/live", timeout=10) as response:
+                if response.status_code == 200:
+                    return
+        pytest.fail("a page that is closed makes room")
 
 
 def chromium() -> str | None:
