@@ -77,7 +77,7 @@ def test_fused_arrays_are_laid_out_by_kv_head_and_by_block(qwen: Path) -> None:
     expected = [q[:, :32], k[:, :16], v[:, :16], q[:, 32:], k[:, 16:], v[:, 16:]]
     assert np.array_equal(ours["layers.1.attention.qkv.weight"], np.concatenate(expected, axis=1))
     gate, up = (theirs[f"model.layers.1.mlp.{name}_proj.weight"].T for name in ("gate", "up"))
-    columns = [part[:, start : start + 32] for start in (0, 32, 64) for part in (gate, up)]
+    columns = [part[:, start : start + 4] for start in range(0, 96, 4) for part in (gate, up)]
     assert np.array_equal(ours["layers.1.mlp.gate_up.weight"], np.concatenate(columns, axis=1))
 
 

@@ -10,18 +10,20 @@ from flax import nnx
 from jaxcept_kernels.attention import Implementation
 from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
 from jaxcept_models.config import ModelConfig
-from jaxcept_models.layers import MLP, Attention, Embedding, LayerNorm, Linear, Step, run_layers
-from jaxcept_models.rope import rotary_tables
+from jaxcept_models.layers import MLP, Attention, Embedding, LayerNorm, Linear, Step, make_step, run_layers
+from jaxcept_models.sharding import ALONE, Parallel
 from jaxcept_models.weight_map import Part, WeightMap, fused_rows
 
 
 class GPTJLayer(nnx.Module):
     """Attention and MLP of the same normed input, both added to the residual."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation, parallel: Parallel = ALONE
+    ) -> None:
         self.norm = LayerNorm(config.hidden_size, config.norm_eps, dtype, implementation)
-        self.attention = Attention(config, dtype, implementation)
-        self.mlp = MLP(config, dtype)
+        self.attention = Attention(config, dtype, implementation, parallel)
+        self.mlp = MLP(config, dtype, parallel)
 
     def __call__(
         self,
@@ -40,10 +42,14 @@ class GPTJLayer(nnx.Module):
 class GPTJ(nnx.Module):
     """Embedding, layers, norm, and the projection to the vocabulary with its bias."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation, parallel: Parallel = ALONE
+    ) -> None:
         self.rope = config.rope
-        self.embedding = Embedding(config, dtype, tied=False)
-        self.layers = nnx.List([GPTJLayer(config, dtype, implementation) for _ in range(config.num_layers)])
+        self.parallel = parallel
+        self.embedding = Embedding(config, dtype, parallel, tied=False)
+        layers = [GPTJLayer(config, dtype, implementation, parallel) for _ in range(config.num_layers)]
+        self.layers = nnx.List(layers)
         self.norm = LayerNorm(config.hidden_size, config.norm_eps, dtype, implementation)
         self.head = Linear(config.hidden_size, config.vocab_size, dtype, bias=True)
 
@@ -55,19 +61,20 @@ class GPTJ(nnx.Module):
         layout: KVLayout,
     ) -> tuple[jax.Array, KVPool]:
         """[tokens, hidden] after the final norm, and the pool with this batch's keys and values."""
-        step = Step(meta, rotary_tables(meta.positions, self.rope))
-        hidden, pool = run_layers(self.layers, self.embedding(token_ids), pool, step, layout)
-        return self.norm(hidden), pool
+        step = make_step(meta, self.rope, self.parallel)
+        hidden = self.embedding(self.parallel.own(token_ids))
+        hidden, pool = run_layers(self.layers, hidden, pool, step, layout)
+        return self.parallel.gather(self.norm(hidden)), pool
 
     def logits(
         self,
         hidden: jax.Array,  # [rows, hidden]
     ) -> jax.Array:
         """[rows, vocab] in hidden's dtype."""
-        return self.head(hidden)
+        return self.parallel.whole_vocabulary(self.head(hidden))
 
 
-def gptj_weights(config: ModelConfig) -> WeightMap:
+def gptj_weights(config: ModelConfig, tensor: int = 1) -> WeightMap:
     """Tensor names of GPT-J checkpoints."""
     embedding = Part("transformer.wte.weight")
     weights: dict[str, tuple[Part, ...]] = {
@@ -77,7 +84,7 @@ def gptj_weights(config: ModelConfig) -> WeightMap:
         "head.weight": (embedding if config.tie_word_embeddings else Part("lm_head.weight"),),
         "head.bias": (Part("lm_head.bias"),),
     }
-    rows = fused_rows(config)
+    rows = fused_rows(config, tensor)
     for i in range(config.num_layers):
         theirs, ours = f"transformer.h.{i}", f"layers.{i}"
         weights[f"{ours}.norm.scale"] = (Part(f"{theirs}.ln_1.weight"),)

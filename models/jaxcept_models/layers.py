@@ -6,7 +6,6 @@ The class of a parameter says how it lies in a checkpoint and what a random mode
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -19,9 +18,8 @@ from jaxcept_kernels.attention import Implementation, paged_attention, write_kv
 from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
 from jaxcept_kernels.linear import linear, lookup_rows
 from jaxcept_models.config import ModelConfig
-from jaxcept_models.rope import RotaryTables, rotate
-
-GATE_BLOCK = 32
+from jaxcept_models.rope import RopeConfig, RotaryTables, rotary_tables, rotate
+from jaxcept_models.sharding import ALONE, Parallel, gate_block
 
 
 class Matrix(nnx.Param[jax.Array]):
@@ -47,17 +45,30 @@ class Bias(nnx.Param[jax.Array]):
 class Step(NamedTuple):
     """What the layers of one forward pass have in common."""
 
-    meta: AttentionMetadata
+    meta: AttentionMetadata  # of the tokens that are computed here
+    slots: AttentionMetadata  # of all tokens, whose keys and values are written here
     rotary: RotaryTables
 
 
-class Linear(nnx.Module):
-    """x @ weight, plus a bias where the architecture has one."""
+def make_step(meta: AttentionMetadata, rope: RopeConfig, parallel: Parallel) -> Step:
+    """What the layers need of a batch."""
+    own = parallel.own_batch(meta)
+    return Step(own, meta, rotary_tables(own.positions, rope))
 
-    def __init__(self, num_in: int, num_out: int, dtype: jnp.dtype, *, bias: bool = False) -> None:
+
+class Linear(nnx.Module):
+    """x @ weight, plus a bias where the architecture has one.
+
+    With `sums` the devices share the input's features, and their products are added up.
+    """
+
+    def __init__(
+        self, num_in: int, num_out: int, dtype: jnp.dtype, *, bias: bool = False, sums: Parallel = ALONE
+    ) -> None:
         self.weight = Matrix(jnp.zeros((num_in, num_out), dtype))
         self.bias = Bias(jnp.zeros(num_out, dtype)) if bias else None
         self.num_out = num_out
+        self.sums = sums
 
     def __call__(
         self,
@@ -65,16 +76,20 @@ class Linear(nnx.Module):
     ) -> jax.Array:
         """[tokens, out] in x's dtype."""
         bias = None if self.bias is None else self.bias[...]
-        return linear(x, self.weight[...], bias=bias, out_features=self.num_out)
+        if self.sums.tensor == 1:
+            return linear(x, self.weight[...], bias=bias, out_features=self.num_out)
+        product = self.sums.sum_parts(linear(x, self.weight[...], out_features=self.num_out))
+        return product if bias is None else product + bias[None, :]
 
 
 class Embedding(nnx.Module):
-    """Token id → hidden vector, and back to logits where the two are tied."""
+    """Token id → hidden vector, and back to logits where the two are tied. Devices may share the rows."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, tied: bool) -> None:
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, parallel: Parallel, *, tied: bool) -> None:
         kind = TiedTable if tied else Table
         self.weight = kind(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
         self.vocab_size = config.vocab_size
+        self.parallel = parallel
 
     def __call__(
         self,
@@ -82,6 +97,11 @@ class Embedding(nnx.Module):
     ) -> jax.Array:
         """[tokens, hidden]"""
         table = self.weight[...]
+        if self.parallel.splits_vocabulary:
+            local = token_ids - self.parallel.first_of(self.vocab_size)
+            is_here = (local >= 0) & (local < self.vocab_size)
+            rows = table.at[jnp.where(is_here, local, self.vocab_size)].get(mode="fill", fill_value=0)
+            return self.parallel.sum_parts(rows)
         return table.at[token_ids].get(mode="clip") if table.ndim == 2 else lookup_rows(table, token_ids)
 
     def logits(
@@ -158,14 +178,17 @@ class Attention(nnx.Module):
     by columns.
     """
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation, parallel: Parallel
+    ) -> None:
         dim = config.head_dim
+        self.parallel = parallel
         self.heads, self.kv_heads, self.dim = config.num_heads, config.num_kv_heads, dim
         self.implementation = implementation
         self.qkv = Linear(
             config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * dim, dtype, bias=config.qkv_bias
         )
-        self.output = Linear(config.num_heads * dim, config.hidden_size, dtype, bias=config.output_bias)
+        self.output = Linear(config.num_heads * dim, config.hidden_size, dtype, bias=config.output_bias, sums=parallel)
         self.q_norm = RMSNorm(dim, config.norm_eps, dtype, implementation) if config.qk_norm else None
         self.k_norm = RMSNorm(dim, config.norm_eps, dtype, implementation) if config.qk_norm else None
 
@@ -186,25 +209,22 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, step.rotary), rotate(k, step.rotary)
-        pool = write_kv(pool, k, v, step.meta, layout, layer, implementation=self.implementation)
+        k, v = self.parallel.gather(k), self.parallel.gather(v)
+        pool = write_kv(pool, k, v, step.slots, layout, layer, implementation=self.implementation)
         mixed = paged_attention(
             q, pool, step.meta, layout, layer, scale=self.dim**-0.5, implementation=self.implementation
         )
         return self.output(mixed.reshape(tokens, self.heads * self.dim)), pool
 
 
-def gate_block(intermediate_size: int) -> int:
-    """Columns of gate, then as many of up, and so on: a split of the columns keeps each gate with its up."""
-    return math.gcd(intermediate_size, GATE_BLOCK)
-
-
 class GatedMLP(nnx.Module):
     """silu(x @ gate) · (x @ up) @ down, gate and up in one matrix (SwiGLU, Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
-        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, dtype, bias=config.mlp_bias)
-        self.down = Linear(config.intermediate_size, config.hidden_size, dtype, bias=config.mlp_bias)
-        self.block = gate_block(config.intermediate_size)
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, parallel: Parallel) -> None:
+        size = config.intermediate_size
+        self.gate_up = Linear(config.hidden_size, 2 * size, dtype, bias=config.mlp_bias)
+        self.down = Linear(size, config.hidden_size, dtype, bias=config.mlp_bias, sums=parallel)
+        self.block = gate_block(size * parallel.tensor)
 
     def __call__(
         self,
@@ -219,9 +239,10 @@ class GatedMLP(nnx.Module):
 class MLP(nnx.Module):
     """gelu(x @ up) @ down with biases, gelu in its tanh form."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
-        self.up = Linear(config.hidden_size, config.intermediate_size, dtype, bias=config.mlp_bias)
-        self.down = Linear(config.intermediate_size, config.hidden_size, dtype, bias=config.mlp_bias)
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, parallel: Parallel) -> None:
+        size = config.intermediate_size
+        self.up = Linear(config.hidden_size, size, dtype, bias=config.mlp_bias)
+        self.down = Linear(size, config.hidden_size, dtype, bias=config.mlp_bias, sums=parallel)
 
     def __call__(
         self,

@@ -10,19 +10,21 @@ from flax import nnx
 from jaxcept_kernels.attention import Implementation
 from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
 from jaxcept_models.config import ModelConfig
-from jaxcept_models.layers import Attention, Embedding, GatedMLP, Linear, RMSNorm, Step, run_layers
-from jaxcept_models.rope import rotary_tables
+from jaxcept_models.layers import Attention, Embedding, GatedMLP, Linear, RMSNorm, Step, make_step, run_layers
+from jaxcept_models.sharding import ALONE, Parallel
 from jaxcept_models.weight_map import FusedRows, Part, WeightMap, fused_rows
 
 
 class LlamaLayer(nnx.Module):
     """Attention, then the gated MLP, each on a normed input and added to the residual."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation, parallel: Parallel = ALONE
+    ) -> None:
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, implementation)
-        self.attention = Attention(config, dtype, implementation)
+        self.attention = Attention(config, dtype, implementation, parallel)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, implementation)
-        self.mlp = GatedMLP(config, dtype)
+        self.mlp = GatedMLP(config, dtype, parallel)
 
     def __call__(
         self,
@@ -41,11 +43,15 @@ class LlamaLayer(nnx.Module):
 class Llama(nnx.Module):
     """Embedding, layers, norm, and the projection to the vocabulary."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation, parallel: Parallel = ALONE
+    ) -> None:
         self.rope = config.rope
+        self.parallel = parallel
         tied = config.tie_word_embeddings
-        self.embedding = Embedding(config, dtype, tied=tied)
-        self.layers = nnx.List([LlamaLayer(config, dtype, implementation) for _ in range(config.num_layers)])
+        self.embedding = Embedding(config, dtype, parallel, tied=tied)
+        layers = [LlamaLayer(config, dtype, implementation, parallel) for _ in range(config.num_layers)]
+        self.layers = nnx.List(layers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, implementation)
         self.head = None if tied else Linear(config.hidden_size, config.vocab_size, dtype)
 
@@ -57,26 +63,28 @@ class Llama(nnx.Module):
         layout: KVLayout,
     ) -> tuple[jax.Array, KVPool]:
         """[tokens, hidden] after the final norm, and the pool with this batch's keys and values."""
-        step = Step(meta, rotary_tables(meta.positions, self.rope))
-        hidden, pool = run_layers(self.layers, self.embedding(token_ids), pool, step, layout)
-        return self.norm(hidden), pool
+        step = make_step(meta, self.rope, self.parallel)
+        hidden = self.embedding(self.parallel.own(token_ids))
+        hidden, pool = run_layers(self.layers, hidden, pool, step, layout)
+        return self.parallel.gather(self.norm(hidden)), pool
 
     def logits(
         self,
         hidden: jax.Array,  # [rows, hidden]
     ) -> jax.Array:
         """[rows, vocab] in hidden's dtype."""
-        return self.embedding.logits(hidden) if self.head is None else self.head(hidden)
+        logits = self.embedding.logits(hidden) if self.head is None else self.head(hidden)
+        return self.parallel.whole_vocabulary(logits)
 
 
-def llama_weights(config: ModelConfig) -> WeightMap:
+def llama_weights(config: ModelConfig, tensor: int = 1) -> WeightMap:
     """Tensor names of Llama, Mistral, Qwen2 and Qwen3 checkpoints."""
     weights: dict[str, tuple[Part, ...]] = {
         "embedding.weight": (Part("model.embed_tokens.weight"),),
         "norm.scale": (Part("model.norm.weight"),),
         "head.weight": (Part("lm_head.weight"),),
     }
-    rows = fused_rows(config)
+    rows = fused_rows(config, tensor)
     for i in range(config.num_layers):
         layer = _layer_weights(f"model.layers.{i}", rows)
         weights |= {f"layers.{i}.{path}": parts for path, parts in layer.items()}

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
-from jaxcept_models.safetensors_folder import SafetensorsFolder
+from jaxcept_models.safetensors_folder import SafetensorsFolder, Tensor
 from jaxcept_models.weight_map import Part
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]  # [out, in] for a matrix
     parts: tuple[Part, ...]
     finish: Finish  # from the rows as stored to the array as computed with
+    sharding: Sharding | None = None  # of the rows as stored, where the array lies on several devices
 
     def part_shape(self, part: Part) -> tuple[int, ...]:
         """The shape that a part must have in the checkpoint."""
@@ -79,16 +81,17 @@ def random_arrays(
         if draw.deviation == 0:
             rows = jnp.full(leaf.shape, draw.mean, jnp.float32)
         else:
-            rows = _normal(jax.random.fold_in(key, i), leaf.shape, draw)
+            rows = _normal(jax.random.fold_in(key, i), leaf.shape, draw, leaf.sharding)
         arrays.append(leaf.finish(rows).block_until_ready())
         if progress is not None:
             progress(sum(sizes[: i + 1]), sum(sizes))
     return tuple(arrays)
 
 
-@partial(jax.jit, static_argnames="shape")
-def _normal(key: jax.Array, shape: tuple[int, ...], draw: Draw) -> jax.Array:
-    return jax.random.normal(key, shape, jnp.float32) * draw.deviation + draw.mean
+@partial(jax.jit, static_argnames=("shape", "sharding"))
+def _normal(key: jax.Array, shape: tuple[int, ...], draw: Draw, sharding: Sharding | None) -> jax.Array:
+    drawn = jax.random.normal(key, shape, jnp.float32) * draw.deviation + draw.mean
+    return drawn if sharding is None else jax.lax.with_sharding_constraint(drawn, sharding)
 
 
 def _common_dtype(leaf: Leaf, tensors: SafetensorsFolder) -> np.dtype[Any]:
@@ -98,10 +101,40 @@ def _common_dtype(leaf: Leaf, tensors: SafetensorsFolder) -> np.dtype[Any]:
 
 
 def _read(leaf: Leaf, dtype: np.dtype[Any], tensors: SafetensorsFolder) -> jax.Array:
-    rows = np.empty(leaf.shape, dtype)
-    for part in leaf.parts:
-        for where, slab in tensors.slabs(part.tensor):
-            rows[where if part.rows is None else part.rows[where]] = slab
-    stored = jax.device_put(rows)
+    if leaf.sharding is None:
+        stored = jax.device_put(_read_part(leaf, dtype, tensors, (slice(None),) * len(leaf.shape)))
+    else:
+        read = _once(partial(_read_part, leaf, dtype, tensors))
+        stored = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
     # Waiting bounds what is alive at once: this array as stored, and as computed with.
     return leaf.finish(stored).block_until_ready()
+
+
+def _read_part(leaf: Leaf, dtype: np.dtype[Any], tensors: SafetensorsFolder, index: tuple[slice, ...]) -> Tensor:
+    """What the checkpoint holds of `index` of a leaf; nothing else of it is read."""
+    bounds = [part.indices(size) for part, size in zip(index, leaf.shape, strict=True)]
+    first, last, _ = bounds[0]
+    rows = np.empty([stop - start for start, stop, _ in bounds], dtype)
+    for part in leaf.parts:
+        places = part.rows if part.rows is not None else np.arange(leaf.shape[0])
+        wanted = np.flatnonzero((places >= first) & (places < last))
+        if len(wanted):
+            for where, slab in tensors.slabs(part.tensor, slice(wanted[0], wanted[-1] + 1), index[1:]):
+                here = places[where]
+                is_wanted = (here >= first) & (here < last)
+                rows[here[is_wanted] - first] = slab[is_wanted]
+    return rows
+
+
+def _once(read: Callable[[tuple[slice, ...]], Tensor]) -> Callable[[tuple[slice, ...] | None], Tensor]:
+    """Reads parts that several devices have once."""
+    known: dict[str, Tensor] = {}
+
+    def get(index: tuple[slice, ...] | None) -> Tensor:
+        assert index is not None, "an array without parts"
+        key = repr(index)
+        if key not in known:
+            known[key] = read(index)
+        return known[key]
+
+    return get

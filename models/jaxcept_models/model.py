@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcept_kernels.attention import Implementation
 from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
@@ -20,6 +21,17 @@ from jaxcept_models.gptj import GPTJ, gptj_weights
 from jaxcept_models.layers import Bias, Matrix, Scale, TiedTable
 from jaxcept_models.llama import Llama, llama_weights
 from jaxcept_models.loading import Draw, Leaf, Progress, load_safetensors, random_arrays
+from jaxcept_models.sharding import (
+    ALONE,
+    GPTJ_RULES,
+    LLAMA_RULES,
+    Parallel,
+    Placement,
+    Rules,
+    part_of,
+    place,
+    spread_kv_heads,
+)
 from jaxcept_models.weight_map import WeightMap
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -28,15 +40,16 @@ Touch = Literal["none", "transpose", "pack"]
 
 
 class Architecture(NamedTuple):
-    """A module, and where its arrays come from."""
+    """A module, where its arrays come from, and where they lie."""
 
-    module: Callable[[ModelConfig, jnp.dtype, Implementation], nnx.Module]
-    weights: Callable[[ModelConfig], WeightMap]
+    module: Callable[[ModelConfig, jnp.dtype, Implementation, Parallel], nnx.Module]
+    weights: Callable[[ModelConfig, int], WeightMap]
+    rules: Rules
 
 
-_LLAMA = Architecture(Llama, llama_weights)
+_LLAMA = Architecture(Llama, llama_weights, LLAMA_RULES)
 ARCHITECTURES = {
-    "GPTJForCausalLM": Architecture(GPTJ, gptj_weights),
+    "GPTJForCausalLM": Architecture(GPTJ, gptj_weights, GPTJ_RULES),
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,
     "Qwen2ForCausalLM": _LLAMA,
@@ -46,7 +59,11 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """What the runner needs of a model. `forward` and `logits` are pure: jit them over `weights`."""
+    """What the runner needs of a model. `forward` and `logits` are pure: jit them over `weights`.
+
+    With a `placement` the weights lie on its mesh, each cut by its entry of `specs`; `graph` and `tree` are of the part
+    that one device computes.
+    """
 
     config: ModelConfig
     weights: tuple[jax.Array, ...]
@@ -54,10 +71,12 @@ class Model:
     implementation: Implementation
     graph: nnx.GraphDef[Any]
     tree: jax.tree_util.PyTreeDef
+    placement: Placement | None = None
+    specs: tuple[PartitionSpec, ...] = ()
 
     def kv_layout(self, num_blocks: int, block_size: int) -> KVLayout:
-        """The pool of this model with so many blocks in each layer."""
-        config = self.config
+        """The pool of this model with so many blocks in each layer, over all devices that share the heads."""
+        config = spread_kv_heads(self.config, self._parallel.tensor)
         return KVLayout(
             config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim, jnp.dtype(self.dtype)
         )
@@ -70,8 +89,21 @@ class Model:
         pool: KVPool,
         layout: KVLayout,
     ) -> tuple[jax.Array, KVPool]:
-        """[tokens, hidden] after the final norm, and the pool with the batch's keys and values written."""
-        hidden, pool = self._module(weights)(token_ids, meta, pool, layout)
+        """[tokens, hidden] after the final norm, and the pool with the batch's keys and values written.
+
+        Groups that share a batch's tokens need as many for each: a number of tokens that `data` divides.
+        """
+        if self.placement is None:
+            hidden, pool = self._module(weights)(token_ids, meta, pool, layout)
+            return hidden, pool
+        part = replace(layout, num_kv_heads=layout.num_kv_heads // self._parallel.tensor)
+
+        def compute(weights: tuple[jax.Array, ...], ids: jax.Array, meta: AttentionMetadata, pool: KVPool) -> Any:
+            return self._module(weights)(ids, meta, pool, part)
+
+        pool_spec, batch = self.placement.spec("pool"), self.placement.spec("batch")
+        on_each = self.placement.on_each(compute, (self.specs, batch, batch, pool_spec), (batch, pool_spec))
+        hidden, pool = on_each(weights, token_ids, meta, pool)
         return hidden, pool
 
     def logits(
@@ -80,8 +112,19 @@ class Model:
         hidden: jax.Array,  # [rows, hidden]
     ) -> jax.Array:
         """[rows, vocab] float32"""
-        logits: jax.Array = self._module(weights).logits(hidden)
-        return logits.astype(jnp.float32)
+
+        def compute(weights: tuple[jax.Array, ...], hidden: jax.Array) -> jax.Array:
+            logits: jax.Array = self._module(weights).logits(hidden)
+            return logits
+
+        if self.placement is not None:
+            batch = self.placement.spec("batch")
+            compute = self.placement.on_each(compute, (self.specs, batch), batch)
+        return compute(weights, hidden).astype(jnp.float32)
+
+    @property
+    def _parallel(self) -> Parallel:
+        return ALONE if self.placement is None else self.placement.parallel
 
     def _module(self, weights: tuple[jax.Array, ...]) -> Any:
         return nnx.merge(self.graph, jax.tree.unflatten(self.tree, weights))
@@ -95,30 +138,59 @@ def load_model(
     implementation: Implementation = Implementation.XLA,
     seed: int = 0,
     progress: Progress | None = None,
+    mesh: Mesh | None = None,
 ) -> Model:
-    """The model of a Hugging Face folder (config.json, safetensors in one file or several), on the default device.
+    """The model of a Hugging Face folder (config.json, safetensors in one file or several).
 
-    `dtype` "auto" is float32 on the CPU, where narrower types are slower, and bfloat16 elsewhere. `load_format`
-    "dummy" draws the weights from `seed` and needs config.json alone. `progress(bytes done, bytes in all)`.
-    Raises CheckpointError for whatever is wrong with the folder, ValueError for an unknown dtype or load format.
+    It lies on the default device, or on the devices of a mesh (`sharding.make_mesh`), whose parts are read one array at
+    a time. `dtype` "auto" is float32 on the CPU, where narrower types are slower, and bfloat16 elsewhere. `load_format`
+    "dummy" draws the weights from `seed` and needs config.json alone; on more devices than there are KV heads it draws
+    other ones. `progress(bytes done, bytes in all)`. Raises CheckpointError for whatever is wrong with the folder,
+    ValueError for an unknown dtype or load format, and for a mesh that the model's heads do not fit.
     """
     if load_format not in ("auto", "dummy"):
         raise ValueError(f"load_format={load_format!r}: expected 'auto' or 'dummy'")
-    chosen = _dtype(dtype)
-    config = read_config(folder)
-    architecture = ARCHITECTURES[config.architecture]
-    graph, state = nnx.split(nnx.eval_shape(lambda: architecture.module(config, chosen, implementation)))
-    paths, _ = jax.tree.flatten_with_path(state, is_leaf=_is_variable)
-    variables = [variable for _, variable in paths]
-    sources = architecture.weights(config)
-    names = [".".join(str(key.key) for key in path) for path, _ in paths]
-    leaves = [_leaf(n, v, sources, chosen, implementation) for n, v in zip(names, variables, strict=True)]
+    chosen, config = _dtype(dtype), read_config(folder)
+    model, variables = _outline(config, chosen, implementation, mesh)
+    sources = ARCHITECTURES[config.architecture].weights(config, model._parallel.tensor)
+    leaves = [_leaf(path, variable, sources, model) for path, variable in variables.items()]
     if load_format == "dummy":
-        draws = [_draw(variable, config) for variable in variables]
+        draws = [_draw(variable, config) for variable in variables.values()]
         arrays = random_arrays(leaves, draws, seed, progress)
     else:
         arrays = load_safetensors(folder, leaves, progress)
-    return Model(config, arrays, chosen, implementation, graph, jax.tree.structure(state))
+    return replace(model, weights=arrays)
+
+
+def outline_model(
+    config: ModelConfig, dtype: jnp.dtype, implementation: Implementation, mesh: Mesh | None = None
+) -> Model:
+    """A model with shapes for weights, for devices that need not be there. ValueError where its heads do not fit."""
+    return _outline(config, dtype, implementation, mesh)[0]
+
+
+def _outline(
+    config: ModelConfig, dtype: jnp.dtype, implementation: Implementation, mesh: Mesh | None
+) -> tuple[Model, dict[str, nnx.Variable[Any]]]:
+    """The model, and its variables by path."""
+    module, _, rules = ARCHITECTURES[config.architecture]
+    placement = None if mesh is None else place(config, rules, mesh)
+    if placement is not None and implementation is Implementation.NATIVE:
+        raise ValueError("implementation 'native' computes on one device; expected 'xla' or 'pallas' on several")
+    parallel = ALONE if placement is None else placement.parallel
+    whole, part = spread_kv_heads(config, parallel.tensor), part_of(config, parallel)
+    state = nnx.state(nnx.eval_shape(lambda: module(whole, dtype, implementation, ALONE)))
+    graph, part_state = nnx.split(nnx.eval_shape(lambda: module(part, dtype, implementation, parallel)))
+    paths, _ = jax.tree.flatten_with_path(state, is_leaf=_is_variable)
+    variables = {".".join(str(key.key) for key in path): variable for path, variable in paths}
+    shapes = [variable.get_value() for variable in variables.values()]
+    specs: tuple[PartitionSpec, ...] = ()
+    if placement is not None:
+        specs = tuple(placement.spec(path) for path in variables)
+        shardings = [NamedSharding(placement.mesh, spec) for spec in specs]
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(shapes, shardings, strict=True)]
+    tree = jax.tree.structure(part_state)
+    return Model(config, tuple(shapes), dtype, implementation, graph, tree, placement, specs), variables
 
 
 def _dtype(name: str) -> jnp.dtype:
@@ -134,34 +206,33 @@ def _is_variable(node: object) -> bool:
     return isinstance(node, nnx.Variable)
 
 
-def _leaf(
-    path: str,
-    variable: nnx.Variable[Any],
-    sources: WeightMap,
-    dtype: jnp.dtype,
-    implementation: Implementation,
-) -> Leaf:
+def _leaf(path: str, variable: nnx.Variable[Any], sources: WeightMap, model: Model) -> Leaf:
     shape = tuple(variable.get_value().shape)
-    stored = shape[::-1] if isinstance(variable, Matrix) else shape
+    is_matrix = isinstance(variable, Matrix)
     # The native product computes in float32 alone.
-    packed = implementation is Implementation.NATIVE and dtype == jnp.float32
+    packed = model.implementation is Implementation.NATIVE and model.dtype == jnp.float32
     touch: Touch = "none"
-    if isinstance(variable, Matrix):
+    if is_matrix:
         touch = "pack" if packed else "transpose"
     elif isinstance(variable, TiedTable) and packed:
         touch = "pack"
-    return Leaf(path, stored, sources[path], partial(_finish, touch=touch, dtype=dtype))
+    stored = computed = None
+    if model.placement is not None:
+        computed = model.placement.sharding(path)
+        axes = (*computed.spec, *[None] * (len(shape) - len(computed.spec)))
+        stored = NamedSharding(computed.mesh, PartitionSpec(*(axes[::-1] if is_matrix else axes)))
+    finish = partial(_finish, touch=touch, dtype=model.dtype, sharding=computed)
+    return Leaf(path, shape[::-1] if is_matrix else shape, sources[path], finish, stored)
 
 
-@partial(jax.jit, static_argnames=("touch", "dtype"))
-def _finish(rows: jax.Array, *, touch: Touch, dtype: jnp.dtype) -> jax.Array:
-    match touch:
-        case "none":
-            return rows.astype(dtype)
-        case "transpose":
-            return rows.T.astype(dtype)
-        case "pack":
-            return pack_weight(rows.T.astype(dtype))
+@partial(jax.jit, static_argnames=("touch", "dtype", "sharding"))
+def _finish(rows: jax.Array, *, touch: Touch, dtype: jnp.dtype, sharding: NamedSharding | None) -> jax.Array:
+    if touch != "none":
+        rows = rows.T
+    finished = rows.astype(dtype)
+    if touch == "pack":
+        finished = pack_weight(finished)
+    return finished if sharding is None else jax.lax.with_sharding_constraint(finished, sharding)
 
 
 def _draw(variable: nnx.Variable[Any], config: ModelConfig) -> Draw:

@@ -75,16 +75,19 @@ class SafetensorsFolder:
             )
         return _DTYPES[dtype]
 
-    def slabs(self, name: str) -> Iterator[tuple[slice, Tensor]]:
-        """The rows of a tensor, a few at a time: at most SLAB_BYTES, or one row where that is more."""
+    def slabs(self, name: str, rows: slice, rest: tuple[slice, ...]) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows of a tensor, a few at a time: at most SLAB_BYTES of whole ones, or one row where that is more.
+
+        `rest` cuts the other axes.
+        """
         part = self._slice(name)
         shape = tuple(part.get_shape())
         row_bytes = _DTYPES[part.get_dtype()].itemsize * int(np.prod(shape[1:], dtype=np.int64))
         count = max(1, SLAB_BYTES // max(1, row_bytes))
-        for start in range(0, shape[0], count):
-            rows = slice(start, min(start + count, shape[0]))
+        for start in range(rows.start, rows.stop, count):
+            some = slice(start, min(start + count, rows.stop))
             try:
-                yield rows, part[rows]
+                yield some, part[(some, *rest)]
             except SafetensorError as error:
                 raise CheckpointError(f"{self._path(name)}: tensor {name} of shape {shape}: {error}") from error
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxcept_models.config import ModelConfig
-from jaxcept_models.layers import gate_block
+from jaxcept_models.sharding import gate_block, spread_kv_heads
 
 Rows = npt.NDArray[np.intp]
 
@@ -31,15 +31,17 @@ class FusedRows(NamedTuple):
     """Rows of the fused arrays, the same in every layer."""
 
     q: Rows
-    k: Rows
-    v: Rows
+    k: tuple[Rows, ...]  # one for each copy of the KV heads
+    v: tuple[Rows, ...]
     gate: Rows
     up: Rows
 
     def qkv(self, prefix: str, names: tuple[str, str, str], kind: str) -> tuple[Part, ...]:
         """Query, key and value by kv head."""
         return tuple(
-            Part(f"{prefix}.{name}.{kind}", rows) for name, rows in zip(names, (self.q, self.k, self.v), strict=True)
+            Part(f"{prefix}.{name}.{kind}", rows)
+            for name, copies in zip(names, ((self.q,), self.k, self.v), strict=True)
+            for rows in copies
         )
 
     def gate_up(self, prefix: str, kind: str) -> tuple[Part, ...]:
@@ -47,8 +49,13 @@ class FusedRows(NamedTuple):
         return (Part(f"{prefix}.gate_proj.{kind}", self.gate), Part(f"{prefix}.up_proj.{kind}", self.up))
 
 
-def fused_rows(config: ModelConfig) -> FusedRows:
-    """How this package lays out what a checkpoint holds apart; see layers.Attention and layers.GatedMLP."""
+def fused_rows(config: ModelConfig, tensor: int = 1) -> FusedRows:
+    """How this package lays out what a checkpoint holds apart; see layers.Attention and layers.GatedMLP.
+
+    Where `tensor` devices are more than there are KV heads, each head comes several times, its queries shared out.
+    """
+    copies = max(1, tensor // config.num_kv_heads)
+    config = spread_kv_heads(config, tensor)
     group, dim = config.num_heads // config.num_kv_heads, config.head_dim
     places = np.arange(config.num_kv_heads * (group + 2) * dim).reshape(config.num_kv_heads, group + 2, dim)
     if config.rope.interleaved:
@@ -57,8 +64,8 @@ def fused_rows(config: ModelConfig) -> FusedRows:
     blocks = np.arange(2 * config.intermediate_size).reshape(-1, 2, block)
     return FusedRows(
         q=places[:, :group].ravel(),
-        k=places[:, group].ravel(),
-        v=places[:, group + 1].ravel(),
+        k=tuple(places[copy::copies, group].ravel() for copy in range(copies)),
+        v=tuple(places[copy::copies, group + 1].ravel() for copy in range(copies)),
         gate=blocks[:, 0].ravel(),
         up=blocks[:, 1].ravel(),
     )
