@@ -68,8 +68,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jax", nargs="+", default=["0.10.2"], help="versions of jax")
     args, rest = parser.parse_known_args()
-    # XLA's notes that no driver was found are the point here.
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    # XLA's notes that no driver was found are the point here. From 0.11 on it takes stack traces while it dumps, and
+    # LLVM would have each symbolized: minutes for every kernel.
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "LLVM_DISABLE_SYMBOLIZATION": "1"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | quiet
     worst = 0
     for jax in args.jax:
         command = [str(make_environment(jax)), "-m", "benchmarks.gpu_offline_compile", *rest]

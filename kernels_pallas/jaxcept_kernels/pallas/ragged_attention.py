@@ -105,10 +105,16 @@ def ragged_paged_attention(
 
 
 def fit(tile: Tile, group: int, layout: KVLayout) -> tuple[int, int]:
-    """Rows and keys of a tile for the bytes of a head's keys: a wider head or element takes fewer of them."""
-    wider = max(1, power_of_two(layout.head_dim) * jnp.dtype(layout.dtype).itemsize // 256)
-    rows = max(16, tile.rows // wider, power_of_two(group))
-    return rows, max(16, tile.keys // wider)
+    """Rows and keys of a tile for the bytes of a head's keys: a wider head or element takes fewer of them.
+
+    Products in float32 are summed in registers, not by tensor cores: larger tiles of them spill on sm_90.
+    """
+    width, bytes_each = power_of_two(layout.head_dim), jnp.dtype(layout.dtype).itemsize
+    wider = max(1, width * bytes_each // 256)
+    rows, keys = tile.rows // wider, tile.keys // wider
+    if bytes_each == 4:
+        rows, keys = min(rows, 2048 // width), min(keys, 4096 // width)
+    return max(16, rows, power_of_two(group)), max(16, keys)
 
 
 def decode_work(meta: AttentionMetadata) -> Work:
