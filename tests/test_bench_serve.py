@@ -217,6 +217,7 @@ def test_the_command_prints_one_table_for_all(
     assert "secret" not in out.read_text(encoding="utf-8") and record["settings"]["conversations"] == 3
     ours, theirs = record["servers"]["ours"]["figures"], record["servers"]["theirs"]["figures"]
     assert ours["num_requests"] == theirs["num_requests"] == 12 and ours["num_errors"] == 0
+    assert ours["first_ttft"]["p50"] > 0 and theirs["resume_ttft"]["p99"] > 0
     assert ours["cached_tokens"] > 0 and theirs["cached_tokens"] is None
     assert [len(each) for each in record["servers"]["theirs"]["rounds"]] == [6, 6]
     assert fake.bodies[0]["model"] == "fake"
