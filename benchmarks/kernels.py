@@ -138,6 +138,7 @@ def run_here(args: argparse.Namespace) -> Results:
         except Exception as error:  # told in the report; the other sections run all the same
             results.failures[section] = reason(error)
         results.seconds[section] = time.monotonic() - begin
+        results.load = max(results.load, os.getloadavg()[0] / (os.cpu_count() or 1))
     return results
 
 

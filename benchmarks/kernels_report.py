@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 WRONG = "WRONG"  # begins the note of a row whose result is
+BUSY = 1.5  # processes a core from which on a report says so
 INTERPRETED = "pallas interpreted"
 HEADER = (
     "kernel",
@@ -62,6 +63,7 @@ class Results:
     steps: list[dict[str, Any]] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)  # of whole sections
     seconds: dict[str, float] = field(default_factory=dict)  # that sections took
+    load: float = 0.0  # runnable processes per core when the last section ended, its own among them
 
     def merge(self, other: Results) -> None:
         """Takes over what another process measured."""
@@ -70,6 +72,7 @@ class Results:
         for name in ("rows", "overlap", "steps"):
             getattr(self, name).extend(getattr(other, name))
         self.device, self.versions = other.device or self.device, other.versions or self.versions
+        self.load = max(self.load, other.load)
 
     def to_json(self) -> str:
         """One row a line."""
@@ -202,8 +205,11 @@ def report(results: Results) -> str:
             f"- {section}: copy {c['copy'] / 1e9:.1f} GB/s (read and written), read {c['read'] / 1e9:.1f} GB/s, "
             f"matrix product {c['matrix'] / 1e12:.2f} TFLOP/s ({c['dtype']})"
         )
+    if results.load > BUSY:
+        parts += ["", f"The machine was busy with other work, {results.load:.1f} processes a core: times scatter."]
     if results.rows:
-        parts += ["", "## Kernels", "", *aims_met(results), "", kernel_table(results)]
+        aims = aims_met(results)
+        parts += ["", "## Kernels", "", *aims, *([""] if aims else []), kernel_table(results)]
     for title, rows in (("Transfers beside steps", results.overlap), ("The engine's step", results.steps)):
         if rows:
             parts += ["", f"## {title}", "", records(rows)]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,7 @@ from jaxcept_kernels.pallas import ragged_attention
 from jaxcept_kernels.pallas.ragged_attention import ragged_paged_attention
 from jaxcept_kernels.pallas.tiles import ENTRIES, AttentionTiles, Tile, TileEntry, read_tiles, tiles_for, write_tiles
 from jaxcept_kernels.pallas.write_kv import write_kv_pallas
+from jaxcept_serve import cli
 
 TINY = PRESETS["tiny"]
 SOON = Deadline.after(3600)
@@ -205,6 +209,7 @@ RESULTS = Results(
     overlap=[{"what": "out beside copies", "share hidden": 0.75, "GB/s alone": 55.5}],
     steps=[{"what": "gpt-j-6b, pallas, 1 x 1024", "share of roofline": 0.7, "kernels": ["gemm 3.000 ms"]}],
     failures={"step": "ValueError: no"},
+    load=5.5,
 )
 
 
@@ -233,10 +238,11 @@ def test_results_are_saved_and_read_again(tmp_path: Path) -> None:
     assert [path.name for path in paths] == ["kernels.json", "kernels.md", "kernels.svg"]
     assert Results.from_json(paths[0].read_text()) == RESULTS
     text = paths[1].read_text()
+    assert "busy with other work, 5.5 processes a core" in text and "## Kernels\n\n- decode, batch 32" in text
     assert "| out beside copies | 75% | 55.5 |" in text and "gemm 3.000 ms" in text and "- step: ValueError: no" in text
     svg = paths[2].read_text()
     assert svg.startswith("<?xml") and svg.count("<use") > 4
-    merged = replace(RESULTS, rows=[], overlap=[], steps=[], ceilings={}, failures={}, seconds={})
+    merged = replace(RESULTS, rows=[], overlap=[], steps=[], ceilings={}, failures={}, seconds={}, load=0.0)
     merged.merge(RESULTS)
     assert merged == RESULTS
 
@@ -300,6 +306,48 @@ def test_sections_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected some of decode, prefill" in capsys.readouterr().err
 
 
+def test_sections_run_apart_and_fail_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, float]] = []
+
+    def run(command: list[str], *, check: bool, timeout: float) -> subprocess.CompletedProcess[str]:
+        flags = dict(pairwise(command))
+        section = flags["--section"]
+        asked.append((section, float(flags["--budget"])))
+        row = Row(section, "small", "1 x 16", "xla", 1e-3, 10, 10)
+        found = replace(kernels.empty_results("tiny"), rows=[row], ceilings={section: CEILINGS}, device="NVIDIA X")
+        if section != "blocks":
+            (Path(flags["--out"]) / "kernels.json").write_text(found.to_json())
+        if section == "prefill":
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, -11 if section == "blocks" else 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    flags = ["--preset", "tiny", "--section", "decode,prefill,blocks", "--budget", "140", "--out", str(tmp_path)]
+    assert kernels.main(flags) == 1
+    results = Results.from_json((tmp_path / "kernels.json").read_text())
+    assert [row.kernel for row in results.rows] == ["decode", "prefill"] and results.device == "NVIDIA X"
+    assert results.failures == {
+        "prefill": "out of time; what it had is in the table",
+        "blocks": "the process ended with -11",
+    }
+    # Sections that take no time leave theirs to the others.
+    assert asked == [
+        (name, pytest.approx(want, abs=6)) for name, want in (("decode", 65), ("prefill", 75), ("blocks", 135))
+    ]
+
+
+def test_the_command_line_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert cli.main(["bench", "kernels", "--preset", "quick", "--section", "decode", "--out", "x"]) == 1
+    assert commands == [[sys.executable, kernels.__file__, "--preset=quick", "--section=decode", "--out=x"]]
+
+
 # What only a GPU runs.
 
 
@@ -344,12 +392,16 @@ def test_the_peer_gets_the_same_keys_and_lowers_for_cuda() -> None:
     tables = np.random.default_rng(0).permutation(group.layout.num_blocks).reshape(2, -1)
     meta = make_meta(group, 2048, tables)
     assert kernels_attention.takes_peer(group, 2048) and not kernels_attention.takes_peer(group, 512)
-    pages = kernels_attention.make_pages(group, pool, meta, 128, 2)
+    pages = kernels_attention.make_pages(group, pool, meta, 2048)
+    layers = kernels_attention.peer_layers(group, 2048)
+    assert layers > 1
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), kernels_attention.page_shapes(group, 2048))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), pages) == shapes
     last = np.asarray(pool.k)[(group.layout.num_layers - 1) * group.layout.num_blocks + tables[1, 5]]
     np.testing.assert_array_equal(np.asarray(pages.k)[:, int(pages.tables[1, 5])], last)
     one_before = np.asarray(pool.v)[(group.layout.num_layers - 2) * group.layout.num_blocks + tables[0, 3]]
     np.testing.assert_array_equal(np.asarray(pages.v)[:, int(pages.tables[0, 3]) + 256], one_before)
-    text = lowered(partial(kernels_attention.peer_step, group, 2), queries(group), jnp.int32(1), pages)
+    text = lowered(partial(kernels_attention.peer_step, group, layers), queries(group), jnp.int32(1), pages)
     assert "paged_attention" in text
 
 
