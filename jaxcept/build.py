@@ -46,6 +46,7 @@ from jaxcept_kernels.attention import Implementation
 from jaxcept_kernels.library import native_available
 from jaxcept_models.config import read_config
 from jaxcept_models.model import ARCHITECTURES, Model, load_model
+from jaxcept_models.sharding import make_mesh
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +71,10 @@ def build_session(config: EngineConfig, progress: Progress) -> Session:
 
 def build_runner(config: EngineConfig, progress: Progress) -> DeviceRunner:
     """The device's part: the model loaded, everything compiled, host memory pinned."""
+    sizes = config.tensor_parallel_size, config.data_parallel_size
     model = load_model(
         config.folder,
+        mesh=make_mesh(*sizes) if config.num_devices > 1 else None,
         dtype=config.dtype,  # type: ignore[arg-type]  # load_model names the allowed values in its error
         load_format=config.load_format,  # type: ignore[arg-type]
         implementation=choose_implementation(config),
@@ -135,7 +138,8 @@ def fingerprint(runner: DeviceRunner) -> str:
     """Names what a profile depends on: device, model, sizes, version of JAX."""
     device = jax.devices()[0]
     model = runner.model
-    parts = (device.device_kind, jax.__version__, model.config, model.dtype, model.implementation, runner.config)
+    mesh = None if model.placement is None else dict(model.placement.mesh.shape)
+    parts = (device.device_kind, jax.__version__, model.config, model.dtype, model.implementation, runner.config, mesh)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
@@ -159,12 +163,15 @@ def choose_parser(config: EngineConfig, tokenizer: Tokenizer) -> str | None:
 
 
 def choose_implementation(config: EngineConfig) -> Implementation:
-    """On a CPU its own kernels, where they can be built and the dtype is theirs; on a GPU Pallas; otherwise XLA."""
+    """On a CPU its own kernels, where they can be built and the dtype is theirs; on a GPU Pallas; otherwise XLA.
+
+    The CPU's own kernels take all its cores, so several virtual devices of a CPU compute by XLA.
+    """
     if config.implementation != "auto":
         return Implementation(config.implementation)
     if jax.default_backend() == "gpu":
         return Implementation.PALLAS
-    is_native = on_cpu() and config.dtype in ("auto", "float32") and native_available()
+    is_native = on_cpu() and config.num_devices == 1 and config.dtype in ("auto", "float32") and native_available()
     return Implementation.NATIVE if is_native else Implementation.XLA
 
 

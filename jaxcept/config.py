@@ -29,7 +29,9 @@ class EngineConfig:
     their tools. host_pool_gb: GiB of pinned host memory where contexts may wait; None is 4 on a GPU and as much as the
     KV pool on a CPU, as far as the policy uses it. queue_order: who is served first. duration_estimator: how long a
     tool will still take. cost_model: a file of `jaxcept profile`; without one the engine measures itself once, for some
-    seconds, and remembers.
+    seconds, and remembers. tensor_parallel_size: devices that share every layer, and the KV pool by its heads.
+    data_parallel_size: groups of as many devices that share the tokens of every step; each has the whole pool, so that
+    this shortens steps and makes room for no more contexts.
     """
 
     model: str | Path | None = None
@@ -52,6 +54,8 @@ class EngineConfig:
     tool_call_parser: str = "auto"
     implementation: str = "auto"
     compilation_cache: str | Path | None = None
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,8 +75,18 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected 1 or more, or None")
+        for name in ("tensor_parallel_size", "data_parallel_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
+        if self.num_devices > 1 and self.implementation == "native":
+            raise ValueError("implementation='native' computes on one device; expected 'auto' or 'xla' on several")
         if self.block_size < 1:
             raise ValueError(f"block_size={self.block_size}: expected 1 or more")
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of one engine."""
+        return self.tensor_parallel_size * self.data_parallel_size
 
     @property
     def model_name(self) -> str:

@@ -20,14 +20,18 @@ from jaxcept_kernels.layout import AttentionMetadata
 NO_ROW = -1
 
 
-def token_buckets(limit: int) -> tuple[int, ...]:
-    """Padded sizes up to limit: powers of two, from 16 on with one size in between, so that padding stays small."""
+def token_buckets(limit: int, multiple_of: int = 1) -> tuple[int, ...]:
+    """Padded sizes up to limit: powers of two, from 16 on with one size in between, so that padding stays small.
+
+    Each rounded up to a multiple, so that as many devices can share the tokens.
+    """
     sizes = [1]
     while sizes[-1] < limit:
         last = sizes[-1]
         is_power = last & (last - 1) == 0
         sizes.append(last * 3 // 2 if is_power and last >= 16 else 1 << last.bit_length())
-    return (*sizes[:-1], limit) if len(sizes) > 1 else (limit,)
+    sizes = [*sizes[:-1], limit] if len(sizes) > 1 else [limit]
+    return tuple(dict.fromkeys(-(-size // multiple_of) * multiple_of for size in sizes))
 
 
 def bucket_of(buckets: tuple[int, ...], size: int) -> int:

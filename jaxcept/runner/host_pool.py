@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +52,31 @@ def checksum_sharding(pool: Sharding) -> Sharding:
     if not isinstance(pool, NamedSharding):
         return pool
     return NamedSharding(pool.mesh, PartitionSpec(None, _axis_of_heads(pool)))
+
+
+class HeadParts:
+    """The heads of a pool as its devices share them: what each of them does to its own part.
+
+    `sharding` is that of the pool's arrays; None for one device. ValueError where it shards anything but the heads.
+    """
+
+    def __init__(self, layout: KVLayout, sharding: Sharding | None) -> None:
+        axis = _axis_of_heads(sharding) if isinstance(sharding, NamedSharding) else None
+        self._mesh = sharding.mesh if isinstance(sharding, NamedSharding) and axis is not None else None
+        parts = 1
+        if self._mesh is not None:
+            axes = axis if isinstance(axis, tuple) else (axis,)
+            parts = math.prod(self._mesh.shape[name] for name in axes)
+        self.layout = replace(layout, num_kv_heads=layout.num_kv_heads // parts)  # of one device's part
+        self.pool_spec = PartitionSpec(None, axis)
+        self.block_spec = PartitionSpec(None, None, axis)
+        self.checksum_spec = PartitionSpec(None, axis)
+
+    def on_each(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """The function, run by every device on its own heads."""
+        if self._mesh is None:
+            return function
+        return jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def _axis_of_heads(pool: NamedSharding) -> str | tuple[str, ...] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import jax
 
@@ -17,7 +18,7 @@ STAGED_BLOCKS = 4 * max(ARITIES)  # the largest call each way, as one array and 
 def choose_num_blocks(
     model: Model, block_size: int, max_num_seqs: int, max_model_len: int, step_tokens: int, memory_utilization: float
 ) -> int:
-    """Blocks of a pool that fits the device and is of use.
+    """Blocks of a pool that fits the devices and is of use.
 
     On a GPU: `memory_utilization` of its memory, less what is in use, the largest step's activations, and the blocks on
     their way to and from the host. On a CPU: a quarter of the machine's memory, at most 4 GiB. Never more than what
@@ -25,9 +26,12 @@ def choose_num_blocks(
     one sequence fits.
     """
     per_sequence = -(-max_model_len // block_size)
-    block_bytes = model.kv_layout(1, block_size).block_bytes
-    affordable = _free_bytes(model, step_tokens, memory_utilization) // block_bytes
-    if jax.devices()[0].platform != "cpu":
+    placement = model.placement
+    devices = [jax.devices()[0]] if placement is None else list(placement.mesh.local_devices)
+    sharing = 1 if placement is None else placement.parallel.tensor
+    block_bytes = model.kv_layout(1, block_size).block_bytes // sharing  # on each device
+    affordable = _free_bytes(model, devices, step_tokens, memory_utilization) // block_bytes
+    if devices[0].platform != "cpu":
         affordable -= STAGED_BLOCKS
     if affordable < per_sequence:
         raise ValueError(
@@ -37,13 +41,14 @@ def choose_num_blocks(
     return int(min(affordable, 2 * max_num_seqs * per_sequence))
 
 
-def _free_bytes(model: Model, step_tokens: int, memory_utilization: float) -> int:
-    device = jax.devices()[0]
-    stats = device.memory_stats()
-    if device.platform == "cpu" or not stats:
+def _free_bytes(model: Model, devices: Sequence[jax.Device], step_tokens: int, memory_utilization: float) -> int:
+    """Bytes of the fullest device. Devices of a CPU share the machine's memory."""
+    stats = [device.memory_stats() for device in devices]
+    if devices[0].platform == "cpu" or not all(stats):
         physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return min(CPU_POOL_BYTES, int(physical * CPU_MEMORY_SHARE))
+        return min(CPU_POOL_BYTES, int(physical * CPU_MEMORY_SHARE)) // len(devices)
     config = model.config
     widest = 2 * config.intermediate_size + 4 * config.hidden_size
     activations = step_tokens * (widest * 4 + config.hidden_size * 16) + 3 * 4 * config.vocab_size * step_tokens
-    return int(stats["bytes_limit"] * memory_utilization) - int(stats["bytes_in_use"]) - activations
+    free = min(int(each["bytes_limit"] * memory_utilization) - int(each["bytes_in_use"]) for each in stats)
+    return free - activations

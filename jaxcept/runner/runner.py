@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import PartitionSpec, Sharding
 
 from jaxcept.runner.batch import NO_ROW, Batch, BatchBuilder, BatchShape, bucket_of, token_buckets, unpack
 from jaxcept.runner.compiles import CompileCounter
-from jaxcept.runner.host_pool import Link
+from jaxcept.runner.host_pool import HeadParts, Link
 from jaxcept.runner.rows import BIAS_ENTRIES, NUM_COLUMNS, HostRows, make_row_state, set_row, unpack_params
 from jaxcept.runner.sampling import Logprobs, RowState, Variant, logprobs_of, sample
 from jaxcept.runner.swapper import Job, Swapper, SwapReport, split_moves
@@ -83,7 +83,8 @@ class DeviceRunner:
         """`link` is the way to the host, where it is not the device's own.
 
         With `shapes_on` the runner has shapes with this sharding where arrays would be, for a device that need not be
-        there: it runs nothing and takes no memory, and serves its `lowerings` alone.
+        there: it runs nothing and takes no memory, and serves its `lowerings` alone. A model on a mesh says itself
+        where everything lies.
         """
         if config.max_model_len > model.config.max_position_embeddings:
             raise ValueError(
@@ -92,11 +93,12 @@ class DeviceRunner:
             )
         self.model = model
         self.config = config
+        on = self._placement = model.placement
         self.layout = model.kv_layout(config.num_blocks, config.block_size)
         self.compiles = CompileCounter()
         max_blocks = -(-config.max_model_len // config.block_size)
         self._shape = BatchShape(config.max_num_seqs, max_blocks, config.block_size, config.num_blocks)
-        self._token_buckets = token_buckets(config.max_num_batched_tokens)
+        self._token_buckets = token_buckets(config.max_num_batched_tokens, 1 if on is None else on.parallel.data)
         self._sample_buckets = {v: sample_buckets(config.max_num_seqs, v) for v in Variant}
         self._builder = BatchBuilder(self._shape, self._token_buckets)
         self._rows = HostRows(config.max_num_seqs, config.max_model_len, model.config.vocab_size)
@@ -107,7 +109,8 @@ class DeviceRunner:
 
         self._pool: KVPool
         self._state: RowState
-        self._pool, self._state = make_arrays() if shapes_on is None else _shapes(make_arrays, shapes_on)
+        places = (shapes_on, shapes_on) if on is None else (on.pool, on.batch)
+        self._pool, self._state = _lay_out(make_arrays, places, only_shapes=shapes_on is not None)
         self.swapper: Swapper | None = None
         if config.num_host_blocks:
             sharding = self._pool.k.sharding
@@ -161,34 +164,44 @@ class DeviceRunner:
         def spec(tree: Any) -> Any:
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
+        on = self._placement
+        batch = None if on is None else on.batch
+
         def int32(*shape: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, jnp.int32)
+            return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch)
+
+        def jit(function: Callable[..., Any], out: Any, **options: Any) -> Any:
+            return jax.jit(function, **options) if on is None else jax.jit(function, out_shardings=out, **options)
 
         weights, pool, state = spec(self.model.weights), spec(self._pool), spec(self._state)
         width, dtype = self.model.config.hidden_size, self.model.dtype
 
         def lower_step(tokens: int) -> Any:
-            step = jax.jit(self._forward, static_argnames="tokens", donate_argnames="pool")
+            out = None if on is None else (on.pool, batch, batch)
+            step = jit(self._forward, out, static_argnames="tokens", donate_argnames="pool")
             return step.lower(weights, pool, state.last_tokens, int32(self._shape.length(tokens)), tokens=tokens)
 
         def lower_sample(n: int, variant: Variant) -> Any:
-            hidden = jax.ShapeDtypeStruct((self.config.max_num_seqs, width), dtype)
-            draw = jax.jit(self._draw, static_argnames="variant", donate_argnames="state")
+            hidden = jax.ShapeDtypeStruct((self.config.max_num_seqs, width), dtype, sharding=batch)
+            draw = jit(self._draw, batch, static_argnames="variant", donate_argnames="state")
             return draw.lower(weights, hidden, state, int32(n, NUM_COLUMNS), variant=variant)
 
         def lower_score(tokens: int) -> Any:
-            hidden = jax.ShapeDtypeStruct((tokens, width), dtype)
-            return jax.jit(self._score_tile).lower(weights, hidden, int32(), int32(min(tokens, SCORE_TILE)))
+            hidden = jax.ShapeDtypeStruct((tokens, width), dtype, sharding=batch)
+            return jit(self._score_tile, batch).lower(weights, hidden, int32(), int32(min(tokens, SCORE_TILE)))
 
         def lower_set_row() -> Any:
             bias = int32(3, BIAS_ENTRIES)
-            return jax.jit(set_row, donate_argnums=0).lower(state, int32(), int32(self.config.max_model_len), bias)
+            return jit(set_row, batch, donate_argnums=0).lower(state, int32(), int32(self.config.max_model_len), bias)
+
+        heads = HeadParts(self.layout, None if on is None else on.pool)
 
         def copy(pool: KVPool, ids: jax.Array) -> KVPool:
-            return copy_blocks(pool, self.layout, ids[0], ids[1], implementation=self.model.implementation)
+            return copy_blocks(pool, heads.layout, ids[0], ids[1], implementation=self.model.implementation)
 
         def lower_copy() -> Any:
-            return jax.jit(copy, donate_argnums=0).lower(pool, int32(2, COPIES_PER_CALL))
+            each = heads.on_each(copy, (heads.pool_spec, PartitionSpec()), heads.pool_spec)
+            return jit(each, None if on is None else on.pool, donate_argnums=0).lower(pool, int32(2, COPIES_PER_CALL))
 
         jobs: list[Job] = []
         for tokens in reversed(self._token_buckets):
@@ -349,6 +362,13 @@ def _keep(table: dict[Any, Executable], key: Any) -> Callable[[Any], None]:
     return keep
 
 
-def _shapes(make: Callable[[], Any], sharding: Sharding) -> Any:
-    """What `make` returns, as shapes."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(make))
+def _lay_out(make: Callable[[], tuple[Any, Any]], shardings: tuple[Any, Any], only_shapes: bool) -> tuple[Any, Any]:
+    """The two that `make` returns, each with its sharding if there is one, or their shapes."""
+    if not only_shapes:
+        made: tuple[Any, Any] = make() if shardings[0] is None else jax.jit(make, out_shardings=shardings)()
+        return made
+    first, second = (
+        jax.tree.map(lambda x, on=on: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on), shapes)
+        for shapes, on in zip(jax.eval_shape(make), shardings, strict=True)
+    )
+    return first, second

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from jaxcept.runner.host_pool import HostBlock, HostPool, Link, block_sharding, checksum_sharding, is_ready
+from jaxcept.runner.host_pool import HeadParts, HostBlock, HostPool, Link, block_sharding, checksum_sharding, is_ready
 from jaxcept.runner.swap_times import SwapTimes
 from jaxcept.scheduler.plan import BlockMove, FailedMove, MoveKind
 from jaxcept_kernels.attention import Implementation
@@ -125,24 +125,30 @@ class Swapper:
         def ids(n: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((n,), jnp.int32, sharding=whole)
 
+        heads = HeadParts(layout, pool_sharding)
+        here, no_part = heads.layout, PartitionSpec()
+
         def gather(pool: KVPool, block_ids: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
-            return gather_each(pool, layout, block_ids, implementation=self._implementation)
+            return gather_each(pool, here, block_ids, implementation=self._implementation)
 
         def land(pool: KVPool, block_ids: jax.Array, blocks: tuple[jax.Array, ...]) -> KVPool:
-            return scatter_each(pool, layout, block_ids, blocks, implementation=self._implementation)
+            return scatter_each(pool, here, block_ids, blocks, implementation=self._implementation)
 
         def check(blocks: tuple[jax.Array, ...]) -> jax.Array:
             return block_checksums(jnp.stack(blocks))
 
         def lower_gather(n: int) -> Any:
-            return jax.jit(gather, out_shardings=((self.host.device,) * n, checks)).lower(pool, ids(n))
+            each = heads.on_each(gather, (heads.pool_spec, no_part), (heads.block_spec, heads.checksum_spec))
+            return jax.jit(each, out_shardings=((self.host.device,) * n, checks)).lower(pool, ids(n))
 
         def lower_land(n: int) -> Any:
             out = KVPool(pool_sharding, pool_sharding)  # type: ignore[arg-type]  # a tree of the same shape
-            return jax.jit(land, donate_argnums=0, out_shardings=out).lower(pool, ids(n), (block,) * n)
+            each = heads.on_each(land, (heads.pool_spec, no_part, heads.block_spec), heads.pool_spec)
+            return jax.jit(each, donate_argnums=0, out_shardings=out).lower(pool, ids(n), (block,) * n)
 
         def lower_check(n: int) -> Any:
-            return jax.jit(check, out_shardings=checks).lower((block,) * n)
+            each = heads.on_each(check, (heads.block_spec,), heads.checksum_spec)
+            return jax.jit(each, out_shardings=checks).lower((block,) * n)
 
         jobs: list[Job] = []
         for n in reversed(ARITIES):

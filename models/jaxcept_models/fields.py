@@ -35,6 +35,11 @@ class Fields:
         """Whether a field holds an object itself."""
         return any(isinstance(value, dict) for value in self._values.values())
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The fields that are there."""
+        return tuple(self._values)
+
     def present(self, name: str) -> bool:
         """Whether the field is there and not null."""
         return self._values.get(name) is not None

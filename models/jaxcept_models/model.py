@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxcept_kernels.attention import Implementation
 from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
 from jaxcept_kernels.linear import pack_weight
+from jaxcept_models.checkpoint import is_checkpoint, restore_arrays
 from jaxcept_models.config import ModelConfig, read_config
 from jaxcept_models.gptj import GPTJ, gptj_weights
 from jaxcept_models.layers import Bias, Matrix, Scale, TiedTable
@@ -140,7 +141,7 @@ def load_model(
     progress: Progress | None = None,
     mesh: Mesh | None = None,
 ) -> Model:
-    """The model of a Hugging Face folder (config.json, safetensors in one file or several).
+    """The model of a Hugging Face folder (config.json, safetensors in one file or several), or of a checkpoint of ours.
 
     It lies on the default device, or on the devices of a mesh (`sharding.make_mesh`), whose parts are read one array at
     a time. `dtype` "auto" is float32 on the CPU, where narrower types are slower, and bfloat16 elsewhere. `load_format`
@@ -152,11 +153,12 @@ def load_model(
         raise ValueError(f"load_format={load_format!r}: expected 'auto' or 'dummy'")
     chosen, config = _dtype(dtype), read_config(folder)
     model, variables = _outline(config, chosen, implementation, mesh)
-    sources = ARCHITECTURES[config.architecture].weights(config, model._parallel.tensor)
-    leaves = [_leaf(path, variable, sources, model) for path, variable in variables.items()]
+    leaves = _leaves(model, variables)
     if load_format == "dummy":
         draws = [_draw(variable, config) for variable in variables.values()]
         arrays = random_arrays(leaves, draws, seed, progress)
+    elif is_checkpoint(folder):
+        arrays = restore_arrays(folder, leaves, stored_parts(config), progress)
     else:
         arrays = load_safetensors(folder, leaves, progress)
     return replace(model, weights=arrays)
@@ -206,22 +208,48 @@ def _is_variable(node: object) -> bool:
     return isinstance(node, nnx.Variable)
 
 
+def model_leaves(model: Model) -> list[Leaf]:
+    """How each of the model's arrays comes from a checkpoint."""
+    mesh = None if model.placement is None else model.placement.mesh
+    return _leaves(model, _outline(model.config, model.dtype, model.implementation, mesh)[1])
+
+
+def stored_parts(config: ModelConfig) -> WeightMap:
+    """What the arrays of a checkpoint of ours are made of: the same whatever mesh it comes from."""
+    return ARCHITECTURES[config.architecture].weights(config, 1)
+
+
+def stored_rows(model: Model) -> Iterator[tuple[Leaf, jax.Array]]:
+    """The model's arrays with their rows as a checkpoint has them."""
+    mesh = None if model.placement is None else model.placement.mesh
+    _, variables = _outline(model.config, model.dtype, model.implementation, mesh)
+    leaves = _leaves(model, variables)
+    for leaf, variable, array in zip(leaves, variables.values(), model.weights, strict=True):
+        yield leaf, _unfinish(array, touch=_touch(variable, model), rows=leaf.shape[0], sharding=leaf.sharding)
+
+
+def _leaves(model: Model, variables: dict[str, nnx.Variable[Any]]) -> list[Leaf]:
+    sources = ARCHITECTURES[model.config.architecture].weights(model.config, model._parallel.tensor)
+    return [_leaf(path, variable, sources, model) for path, variable in variables.items()]
+
+
+def _touch(variable: nnx.Variable[Any], model: Model) -> Touch:
+    # The native product computes in float32 alone.
+    packed = model.implementation is Implementation.NATIVE and model.dtype == jnp.float32
+    if isinstance(variable, Matrix):
+        return "pack" if packed else "transpose"
+    return "pack" if isinstance(variable, TiedTable) and packed else "none"
+
+
 def _leaf(path: str, variable: nnx.Variable[Any], sources: WeightMap, model: Model) -> Leaf:
     shape = tuple(variable.get_value().shape)
     is_matrix = isinstance(variable, Matrix)
-    # The native product computes in float32 alone.
-    packed = model.implementation is Implementation.NATIVE and model.dtype == jnp.float32
-    touch: Touch = "none"
-    if is_matrix:
-        touch = "pack" if packed else "transpose"
-    elif isinstance(variable, TiedTable) and packed:
-        touch = "pack"
     stored = computed = None
     if model.placement is not None:
         computed = model.placement.sharding(path)
         axes = (*computed.spec, *[None] * (len(shape) - len(computed.spec)))
         stored = NamedSharding(computed.mesh, PartitionSpec(*(axes[::-1] if is_matrix else axes)))
-    finish = partial(_finish, touch=touch, dtype=model.dtype, sharding=computed)
+    finish = partial(_finish, touch=_touch(variable, model), dtype=model.dtype, sharding=computed)
     return Leaf(path, shape[::-1] if is_matrix else shape, sources[path], finish, stored)
 
 
@@ -233,6 +261,14 @@ def _finish(rows: jax.Array, *, touch: Touch, dtype: jnp.dtype, sharding: NamedS
     if touch == "pack":
         finished = pack_weight(finished)
     return finished if sharding is None else jax.lax.with_sharding_constraint(finished, sharding)
+
+
+@partial(jax.jit, static_argnames=("touch", "rows", "sharding"))
+def _unfinish(array: jax.Array, *, touch: Touch, rows: int, sharding: NamedSharding | None) -> jax.Array:
+    if touch == "pack":
+        array = array.transpose(1, 0, 2).reshape(array.shape[1], -1)[:, :rows]
+    stored = array if touch == "none" else array.T
+    return stored if sharding is None else jax.lax.with_sharding_constraint(stored, sharding)
 
 
 def _draw(variable: nnx.Variable[Any], config: ModelConfig) -> Draw:

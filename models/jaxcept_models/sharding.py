@@ -90,7 +90,8 @@ class Parallel:
 
     def first_of(self, part: int) -> jax.Array:
         """Where this device's part begins, of parts of so many entries: an int32 scalar."""
-        return jnp.int32(jax.lax.axis_index(TENSOR) * part)
+        first: jax.Array = jax.lax.axis_index(TENSOR) * part
+        return first
 
     def own(
         self,
