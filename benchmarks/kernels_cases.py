@@ -146,7 +146,7 @@ PRESETS = {
         matrix=64,
         transfer_bytes=64 << 10,
         step=EngineStep(Shape("small gpt-j", 4, 4, 32, 2), 256, (1, 4), 32),
-        budget_s=30,
+        budget_s=120,
         rounds=2,
         round_s=0.001,
     ),
