@@ -10,7 +10,7 @@ from contextlib import aclosing, closing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxcept.build import build_session
+from jaxcept.build import Progress, build_session
 from jaxcept.config import EngineConfig
 from jaxcept.engine import EngineDeadError
 from jaxcept.llm import Message, Prompt, Tools, as_toolbox, closing_own
@@ -32,11 +32,20 @@ class AsyncLLM:
 
         async for delta in AsyncLLM().generate("What is 37 * 91?", params, tools=[calculator]): ...
 
-    A coroutine that stops listening (break, cancellation) aborts its request. Options are those of EngineConfig.
+    A coroutine that stops listening (break, cancellation) aborts its request. Options are those of EngineConfig, or a
+    whole `config`. `progress(done, total, what)` is called while it starts.
     """
 
-    def __init__(self, model: str | Path | None = None, **options: Any) -> None:
-        self.session: Session = build_session(EngineConfig(model=model, **options), lambda done, total, what: None)
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        config: EngineConfig | None = None,
+        progress: Progress = lambda done, total, what: None,
+        **options: Any,
+    ) -> None:
+        chosen = config if config is not None else EngineConfig(model=model, **options)
+        self.session: Session = build_session(chosen, progress)
         self._streams: dict[str, Stream] = {}  # by request_id; of the engine's thread
         self._count = 0
         self._is_closed = False

@@ -151,6 +151,7 @@ class Engine:
         figures: dict[str, float] = {
             "num_running": scheduler.num_running,
             "num_waiting": scheduler.num_waiting,
+            "num_waiting_tokens": scheduler.num_waiting_tokens,
             "num_intercepted": scheduler.num_intercepted,
             "held_blocks": scheduler.num_held_blocks,
             "held_host_blocks": scheduler.swaps.host.pool.num_held,

@@ -12,7 +12,7 @@ import pytest
 
 from jaxcept import AsyncLLM
 from jaxcept_serve.app import ApiKey, ServerOptions, create_app
-from jaxcept_serve.generate import routes
+from jaxcept_serve.generate import routes_of
 from jaxcept_serve.service import EngineService
 from tests.live_server import serving
 
@@ -32,7 +32,7 @@ def run(llm: AsyncLLM):
     """Runs a test against a fresh application."""
     service = EngineService(llm, ["shipped"])
     keys = (ApiKey("me", "mine"), ApiKey("other", "theirs"))
-    app = create_app(service, ServerOptions(api_keys=keys), extra_routes=[routes])
+    app = create_app(service, ServerOptions(api_keys=keys), extra_routes=[routes_of(service)])
 
     def do(test: Callable[[httpx.AsyncClient], Coroutine[Any, Any, None]]) -> None:
         async def whole(url: str) -> None:

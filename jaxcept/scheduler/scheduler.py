@@ -353,6 +353,11 @@ class Scheduler:
         return len(self._book.waiting)
 
     @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens that sequences in the queue have yet to compute. May be asked from any thread."""
+        return sum([len(seq.token_ids) - seq.num_computed for seq in list(self._book.waiting.items)])
+
+    @property
     def num_intercepted(self) -> int:
         """Sequences that wait for a tool."""
         return len(self._book.intercepted)

@@ -22,9 +22,9 @@ from jaxcept.scheduler.orders import ORDERS
 from jaxcept.scheduler.params import SamplingParams
 from jaxcept.scheduler.policies.catalog import POLICIES
 from jaxcept.tools.definition import Tool
-from jaxcept.tools.parsers import PARSERS
-from jaxcept_serve import bench
 from jaxcept.tools.load import load_tools
+from jaxcept.tools.parsers import PARSERS
+from jaxcept_serve import bench, serve
 
 COST_FIELDS = (
     "overhead_s", "floor_s", "token_s", "context_token_s", "pair_s", "saturation_tokens", "kv_token_bytes",
@@ -63,6 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     for command in (generate, chat):
         add_engine_flags(command)
         add_sampling_flags(command)
+    serve.add_command(commands, add_engine_flags)
     bench.add_commands(commands)
     measure = commands.add_parser(
         "profile",
@@ -109,6 +110,10 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cost-model", help="file of `jaxcept profile` (default: measured at the first start)")
     group.add_argument("--chat-template", help="file of a chat template, or the template itself")
     group.add_argument("--tool-call-parser", default="auto", choices=["auto", *PARSERS])
+    group.add_argument("--tensor-parallel-size", type=int, default=1, help="devices that share every layer")
+    group.add_argument(
+        "--data-parallel-size", type=int, default=1, help="groups of devices that share the tokens of a step"
+    )
     group.add_argument("--seed", type=int, default=0)
     group.add_argument(
         "--tools",
@@ -167,7 +172,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "tokenizer", "dtype", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
         "num_blocks", "memory_utilization", "enable_prefix_caching", "intercept_policy", "host_pool_gb", "queue_order",
         "duration_estimator", "cost_model", "chat_template", "tool_call_parser", "implementation",
-        "seed",
+        "tensor_parallel_size", "data_parallel_size", "seed",
     )  # fmt: skip
     return {name: getattr(args, name) for name in names}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from starlette.requests import Request
@@ -66,11 +66,13 @@ _SAMPLING = (
 )  # fmt: skip
 
 
-def routes(api: Api) -> list[BaseRoute]:
-    """The routes, where the service runs an engine."""
-    if not isinstance(api.service, EngineService):
-        return []
-    native = _Native(api, api.service)
+def routes_of(service: EngineService) -> Callable[[Api], list[BaseRoute]]:
+    """What makes the routes; they need an engine, not only the turns of the API's service."""
+    return lambda api: _routes(api, service)
+
+
+def _routes(api: Api, service: EngineService) -> list[BaseRoute]:
+    native = _Native(api, service)
     one = "/v1/interceptions/{id}"
     return [
         Route("/v1/generate", native.generate, methods=["POST"]),
