@@ -1,7 +1,7 @@
 """One suite for every implementation of write_kv and paged_attention, held to NumPy in float64."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,13 @@ IMPLEMENTATIONS = [
 ]
 
 SCALE = 0.2
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Iterator[None]:
+    """On a GPU XLA would round the operands of float32 products."""
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 def make_layout(**sizes: int) -> KVLayout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -27,15 +28,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_checkpoint("llama31", tmp_path_factory.mktemp("llama"))
 
 
+@pytest.fixture(autouse=True)
+def exact_products() -> Iterator[None]:
+    """On a GPU XLA would round the operands of float32 products."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 def run_engine(folder: Path, implementation: str) -> tuple[dict[tuple[str, int], tuple[int, ...]], int]:
     """All ids of each completion with an interception whose context is swapped; and how many blocks came back."""
     config = EngineConfig(
         folder,
+        dtype="float32",
         implementation=implementation,
         intercept_policy="swap",
         max_model_len=64,
         max_num_seqs=4,
-        max_num_batched_tokens=8,
+        max_num_batched_tokens=4,
         block_size=8,
         num_blocks=24,
         compilation_cache="",
