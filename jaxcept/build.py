@@ -46,6 +46,7 @@ from jaxcept_kernels.attention import Implementation
 from jaxcept_kernels.library import native_available
 from jaxcept_models.config import read_config
 from jaxcept_models.model import ARCHITECTURES, Model, load_model
+from jaxcept_models.saving import convert_checkpoint
 from jaxcept_models.sharding import make_mesh
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,16 @@ def profile_model(config: EngineConfig, progress: Progress, brief: bool = False)
     """Loads a model and measures this device with it: what `jaxcept profile` does."""
     use_compilation_cache(config.compilation_cache)
     return profile(build_runner(config, progress), progress, model=config.model_name, brief=brief)
+
+
+def convert_model(source: Path, folder: Path, progress: Progress) -> None:
+    """Writes a Hugging Face folder as a checkpoint for any number of devices: what `jaxcept convert` does.
+
+    CheckpointError or ValueError where one of the folders is wrong.
+    """
+    convert_checkpoint(
+        source, folder, lambda done, total: progress(done >> 20, total >> 20, "reading" if done < total else "writing")
+    )
 
 
 def choose_costs(config: EngineConfig, runner: DeviceRunner, progress: Progress) -> CostModel:
