@@ -129,7 +129,7 @@ def apply_settings(args: argparse.Namespace, environment: Mapping[str, str]) -> 
 
 
 def _variable(action: argparse.Action) -> str:
-    return ENVIRONMENT + action.option_strings[-1].lstrip("-").replace("-", "_").upper()
+    return ENVIRONMENT + action.option_strings[0].lstrip("-").replace("-", "_").upper()
 
 
 def _from_text(action: argparse.Action, value: str) -> Any:
@@ -161,7 +161,7 @@ def _words(parser: argparse.ArgumentParser, settings: Mapping[str, Any], where: 
         action = by_flag.get(name) or actions.get(name)
         if action is None or name in ("config", "help"):
             raise ValueError(f"{where}: there is no setting {name!r}; `jaxcept serve --help` lists them")
-        flag = action.option_strings[-1]
+        flag = action.option_strings[0]
         if isinstance(action, argparse.BooleanOptionalAction):
             words.append(action.option_strings[0] if value else action.option_strings[-1])
         elif isinstance(action, argparse._StoreTrueAction):
