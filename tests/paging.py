@@ -39,6 +39,8 @@ class PagedRun:
         self._tables = blocks.reshape(sequences, per_sequence).astype(np.int32)
         self._lengths = [0] * sequences
         self._pool = make_pool(self._layout)
+        if model.placement is not None:
+            self._pool = jax.device_put(self._pool, model.placement.pool)
         self._step = _compiled(model)
 
     def step(self, added: Mapping[int, Sequence[int]]) -> dict[int, np.ndarray]:
