@@ -23,9 +23,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.gpu_offline_kernels import kernels
 from benchmarks.gpu_offline_report import (
@@ -44,8 +43,9 @@ from jaxcept.runner.swapper import ARITIES
 from jaxcept_kernels.attention import Implementation
 from jaxcept_kernels.layout import KVLayout
 from jaxcept_models.config import ModelConfig
-from jaxcept_models.model import ARCHITECTURES, Model
+from jaxcept_models.model import Model, outline_model
 from jaxcept_models.rope import RopeConfig
+from jaxcept_models.sharding import make_mesh
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu-offline"
@@ -53,26 +53,43 @@ BLOCK_SIZE = 16
 MAX_NUM_SEQS = 128  # a decode step's tokens
 MAX_NUM_BATCHED_TOKENS = 1024  # a mixed step's
 MEMORY_SHARE = 0.85  # of the device, for weights and KV pool
-AXIS = "heads"
-IMPLEMENTATIONS = (Implementation.XLA, Implementation.PALLAS)
 # From 0.11 on a dump holds the PTX only where an emitter is named.
 EVERY_EMITTER = {"xla_dump_emitter_re": ".*"} if jax.__version_info__ >= (0, 11) else {}
 
+
+class Served(NamedTuple):
+    """A model, how many devices share it, and the implementations to compile it with."""
+
+    config: ModelConfig
+    num_devices: int
+    implementations: tuple[Implementation, ...]
+
+
+BOTH = (Implementation.XLA, Implementation.PALLAS)
 MODELS = {
-    "gpt-j-6b": ModelConfig(
-        "GPTJForCausalLM", 28, 4096, 16, 16, 256, 16384, 50400, 2048, 1e-5, RopeConfig(10_000.0, 64)
+    "gpt-j-6b": Served(
+        ModelConfig("GPTJForCausalLM", 28, 4096, 16, 16, 256, 16384, 50400, 2048, 1e-5, RopeConfig(10_000.0, 64)),
+        1,
+        BOTH,
     ),
-    "llama-3-8b": ModelConfig(
-        "LlamaForCausalLM", 32, 4096, 32, 8, 128, 14336, 128256, 8192, 1e-5, RopeConfig(500_000.0, 128)
+    "llama-3-8b": Served(
+        ModelConfig("LlamaForCausalLM", 32, 4096, 32, 8, 128, 14336, 128256, 8192, 1e-5, RopeConfig(500_000.0, 128)),
+        1,
+        BOTH,
+    ),
+    "llama-3-70b": Served(
+        ModelConfig("LlamaForCausalLM", 80, 8192, 64, 8, 128, 28672, 128256, 8192, 1e-5, RopeConfig(500_000.0, 128)),
+        4,
+        (Implementation.PALLAS,),
     ),
 }
 
 
-class Device(NamedTuple):
+class Devices(NamedTuple):
     """A target and a mesh of such devices."""
 
     target: Target
-    mesh: jax.sharding.Mesh
+    mesh: Mesh
 
     @property
     def whole(self) -> NamedSharding:
@@ -80,60 +97,58 @@ class Device(NamedTuple):
         return NamedSharding(self.mesh, PartitionSpec())
 
 
-def make_device(path: Path) -> Device:
-    """One device of the kind that the file describes."""
+def make_devices(path: Path, count: int) -> Devices:
+    """Devices of the kind that the file describes, which share every layer of a model."""
     text = path.read_text()
-    topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology="1x1x1")
-    return Device(read_target(path.stem, text), topologies.make_mesh(topology, (1,), (AXIS,)))
+    topology: Any = topologies.get_topology_desc(platform="cuda", target_config=text, topology=f"1x1x{count}")
+    return Devices(read_target(path.stem, text), make_mesh(count, devices=topology.devices))
 
 
-def make_model(config: ModelConfig, implementation: Implementation, device: Device) -> Model:
+def make_model(config: ModelConfig, implementation: Implementation, devices: Devices) -> Model:
     """A bfloat16 model whose weights are shapes."""
     dtype = jnp.dtype(jnp.bfloat16)
-    module = ARCHITECTURES[config.architecture].module
-    graph, state = nnx.split(nnx.eval_shape(lambda: module(config, dtype, implementation)))
-    weights, tree = jax.tree.flatten(state)
-    return Model(config, tuple(_on(device, weights)), dtype, implementation, graph, tree)
+    if devices.mesh.size > 1:
+        return outline_model(config, dtype, implementation, devices.mesh)
+    model = outline_model(config, dtype, implementation)
+    weights = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=devices.whole) for x in model.weights)
+    return replace(model, weights=tuple(weights))  # type: ignore[arg-type]  # shapes in place of arrays
 
 
-def make_runner(model: Model, num_blocks: int, device: Device) -> DeviceRunner:
+def make_runner(model: Model, num_blocks: int, devices: Devices) -> DeviceRunner:
     """The runner that serves the model, with shapes for its arrays."""
     longest = model.config.max_position_embeddings
     config = RunnerConfig(num_blocks, BLOCK_SIZE, MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, longest, num_host_blocks=1)
-    return DeviceRunner(model, config, shapes_on=device.whole)
+    return DeviceRunner(model, config, shapes_on=devices.whole)
 
 
-def _on(device: Device, tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device.whole), tree)
+def blocks_that_fit(model: Model, devices: Devices) -> int:
+    """Blocks of a pool that fills the devices beside the weights."""
+    parts = [(x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in model.weights]
+    weights = sum(math.prod(shape) * size for shape, size in parts)
+    room = int(devices.target.memory_bytes * MEMORY_SHARE) - weights
+    return room * devices.mesh.size // model.kv_layout(1, BLOCK_SIZE).block_bytes
 
 
-def blocks_that_fit(model: Model, device: Device) -> int:
-    """Blocks of a pool that fills the device beside the weights."""
-    weights = sum(x.size * x.dtype.itemsize for x in model.weights)
-    room = int(device.target.memory_bytes * MEMORY_SHARE) - weights
-    return room // model.kv_layout(1, BLOCK_SIZE).block_bytes
-
-
-def programs_of(name: str, num_layers: int | None, implementation: Implementation, device: Device) -> Iterator[Program]:
+def programs_of(name: str, layers: int | None, implementation: Implementation, devices: Devices) -> Iterator[Program]:
     """What serving this model runs, at its largest sizes: all with Pallas, a mixed step and the moves with XLA."""
-    config = MODELS[name]
-    num_blocks = blocks_that_fit(make_model(config, implementation, device), device)
-    model = make_model(replace(config, num_layers=num_layers or config.num_layers), implementation, device)
-    runner = make_runner(model, num_blocks, device)
+    config = MODELS[name].config
+    num_blocks = blocks_that_fit(make_model(config, implementation, devices), devices)
+    model = make_model(replace(config, num_layers=layers or config.num_layers), implementation, devices)
+    runner = make_runner(model, num_blocks, devices)
     wanted = {f"step {MAX_NUM_BATCHED_TOKENS}", "copy", *(f"swap {way} {max(ARITIES)}" for way in ("out", "in"))}
     if implementation is Implementation.PALLAS:
-        variants = [f"sample {MAX_NUM_SEQS} {variant}" for variant in ("greedy", "random", "full")]
+        variants = [f"sample {MAX_NUM_SEQS} {variant}" for variant in ("greedy", "full")]
         wanted |= {f"step {MAX_NUM_SEQS}", f"checksum {max(ARITIES)}", *variants}
     for what, _, lower in runner.lowerings():
         if what in wanted:
             writes = what.startswith(("step", "swap in", "copy"))
-            yield compile_program(Task(name, f"{what} {implementation}", runner.layout, writes, lower), device)
+            yield compile_program(Task(name, f"{what} {implementation}", runner.layout, writes, lower), devices)
 
 
-def kernel_programs(device: Device) -> Iterator[Program]:
+def kernel_programs(devices: Devices) -> Iterator[Program]:
     """Every kernel by itself."""
-    for what, layout, lower in kernels(device.whole):
-        yield compile_program(Task("kernels", what, layout, True, lower), device)
+    for what, layout, lower in kernels(devices.whole):
+        yield compile_program(Task("kernels", what, layout, True, lower), devices)
 
 
 class Task(NamedTuple):
@@ -146,34 +161,34 @@ class Task(NamedTuple):
     lower: Callable[[], Any]
 
 
-def compile_program(task: Task, device: Device) -> Program:
+def compile_program(task: Task, devices: Devices) -> Program:
     """Compiles, and reads what came of it."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as dump:
-        with jax.set_mesh(device.mesh):  # so that tiles are those of this kind of device
+        with jax.set_mesh(devices.mesh):  # so that tiles are those of this kind of device
             lowered = task.lower()
         compiled = lowered.compile(compiler_options={"xla_dump_to": dump} | EVERY_EMITTER)
         compile_s = time.perf_counter() - start
         found = kernels_in(Path(dump))
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
-    pool_elements = math.prod(task.layout.shape)
+    parts = devices.mesh.size
     return Program(
         jax=jax.__version__,
-        target=device.target.name,
+        target=devices.target.name,
         model=task.model,
         what=task.what,
         num_layers=task.layout.num_layers,
-        num_devices=device.mesh.size,
+        num_devices=parts,
         compile_s=round(compile_s, 2),
-        memory_bytes=device.target.memory_bytes,
-        shared_limit=device.target.shared_limit,
+        memory_bytes=devices.target.memory_bytes,
+        shared_limit=devices.target.shared_limit,
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
-        pool_bytes=task.layout.num_blocks * task.layout.block_bytes if task.writes else 0,
+        pool_bytes=task.layout.num_blocks * task.layout.block_bytes // parts if task.writes else 0,
         all_reduces=count_all_reduces(hlo),
-        pool_copies=pool_copies(hlo, pool_elements),
+        pool_copies=pool_copies(hlo, math.prod(task.layout.shape) // parts),
         kernels=found,
     )
 
@@ -205,20 +220,32 @@ def ptxas() -> str:
 
 def save(programs: list[Program], out: Path) -> None:
     """Replaces this jax version's part of the results, as JSON and as a table."""
-    kept: list[Program] = []
-    if out.with_suffix(".json").is_file():
-        for row in json.loads(out.with_suffix(".json").read_text()):
-            row["kernels"] = tuple(Kernel(*kernel) for kernel in row["kernels"])
-            row["pool_copies"] = tuple(row["pool_copies"])
-            kept.append(Program(**row))
-    rows = [*(row for row in kept if row.jax != jax.__version__), *programs]
+    kept = read_results(out) if out.with_suffix(".json").is_file() else []
+    write_results([*(row for row in kept if row.jax != jax.__version__), *programs], out)
+
+
+def read_results(out: Path) -> list[Program]:
+    """What `write_results` wrote."""
+    rows = []
+    for row in json.loads(out.with_suffix(".json").read_text()):
+        row["kernels"] = tuple(Kernel(*kernel) for kernel in row["kernels"])
+        row["pool_copies"] = tuple(row["pool_copies"])
+        rows.append(Program(**row))
+    return rows
+
+
+def write_results(programs: list[Program], out: Path) -> None:
+    """Writes `out`.json and `out`.md, by version."""
+    rows = sorted(programs, key=lambda row: row.jax)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text("[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n")
+    versions = " ".join(dict.fromkeys(row.jax for row in rows))
     wrong = [fault for row in rows for fault in faults(row)]
-    verdict = "\n".join(f"- {fault}" for fault in wrong) or "Nothing failed."
+    verdict = "\n".join(f"- {fault}" for fault in wrong) or f"{len(rows)} programs, nothing failed."
+    command = f"`python benchmarks/check_gpu_offline.py --jax {versions}`"
     out.with_suffix(".md").write_text(
-        "# Compiled for GPUs, without one\n\n`make check-gpu-offline`. Bytes are those of one device; registers and "
-        f"spills are ptxas's. Nothing here was run.\n\n{table(rows)}\n\n{verdict}\n"
+        f"# Compiled for GPUs, without one\n\n{command}. Bytes are those of one device; registers and spills are ptxas's. "
+        f"Nothing here was run.\n\n{verdict}\n\n{table(rows)}\n"
     )
 
 
@@ -235,11 +262,12 @@ def main() -> int:
     args = parser.parse_args()
     programs: list[Program] = []
     for target in args.targets:
-        device = make_device(ROOT / "targets" / f"{target}.txtpb")
-        runs = [kernel_programs(device)] if "kernels" in args.models else []
+        path = ROOT / "targets" / f"{target}.txtpb"
+        runs = [kernel_programs(make_devices(path, 1))] if "kernels" in args.models else []
         for name in args.models:
             if name in MODELS:
-                runs += [programs_of(name, args.layers, each, device) for each in IMPLEMENTATIONS]
+                devices = make_devices(path, MODELS[name].num_devices)
+                runs += [programs_of(name, args.layers, each, devices) for each in MODELS[name].implementations]
         for program in chain.from_iterable(runs):
             programs.append(program)
             print(table([program]).splitlines()[-1], flush=True)
