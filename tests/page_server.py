@@ -119,13 +119,11 @@ def rote_chat(api: Api) -> list[BaseRoute]:
             return event({"choices": [{"index": 0, "delta": delta, "finish_reason": None}], **more})
 
         async def chunks() -> AsyncIterator[bytes]:
-            call = {"index": 0, "id": "call_1", "name": "calculator", "arguments": ""}
+            call = {"id": "call_1", "name": "calculator", "arguments": '{"expression": "37 * 91"}', "result": "3367",
+                    "is_error": False, "duration_s": 0.05}  # fmt: skip
             yield chunk({"role": "assistant", "content": ""})
-            yield chunk({"jaxcept_tools": [call]})
-            yield chunk({"jaxcept_tools": [{"index": 0, "arguments": '{"expression": '}]})
-            yield chunk({"jaxcept_tools": [{"index": 0, "arguments": '"37 * 91"}'}]})
             await asyncio.sleep(0.05)
-            yield chunk({"jaxcept_tools": [{"id": "call_1", "result": "3367", "is_error": False, "duration_s": 0.05}]})
+            yield chunk({"jaxcept_tool": call})
             for word in ("37 * 91", " is", " 3367", f". <b>turn {len(body['messages'])}</b>"):
                 yield chunk({"content": word})
             usage = {"prompt_tokens": 41, "completion_tokens": 9, "total_tokens": 50,
