@@ -158,7 +158,7 @@ def test_no_body_breaks_the_server(data: st.DataObject) -> None:
     async def send() -> tuple[int, Any]:
         service = ScriptedService()
         service.respond = lambda turn: said("A")
-        app = create_app(service, extra_routes=[responses.routes, messages.routes])
+        app = create_app(service)
         async with http(app) as client:
             answer = await client.post(path, json={**good, **fields})
             return answer.status_code, answer.text
@@ -174,7 +174,7 @@ def test_no_body_breaks_the_server(data: st.DataObject) -> None:
 def test_a_client_that_goes_away_frees_its_turn(path: str, num_chunks: int, stream: bool = True) -> None:
     async def leave() -> ScriptedService:
         service = ScriptedService([*said("Once ", "upon")[:-2], 30.0, *called(("c", "f", "{}"))])
-        app = create_app(service, extra_routes=[responses.routes, messages.routes])
+        app = create_app(service)
         body: dict[str, Any] = {"input": "x"} if path == "/v1/responses" else MESSAGE
         await gone_after(app, path, {**body, "stream": stream}, num_chunks)
         return service

@@ -18,7 +18,6 @@ from jaxcept.tools import builtin
 from jaxcept.tools.definition import Tool, tool
 from jaxcept.tools.parsers import detect_parser, make_parser
 from jaxcept.tools.toolbox import Toolbox
-from jaxcept_serve import messages, responses
 from jaxcept_serve.app import create_app
 from jaxcept_serve.service import EngineService
 
@@ -50,7 +49,7 @@ def make_app(llm: AsyncLLM) -> Callable[..., Starlette]:
     def make(tools: Sequence[Tool] = ()) -> Starlette:
         box = Toolbox(tools)
         service = EngineService(llm, ["shipped"], tools=lambda: box, make_parser=lambda: make_parser(parser))
-        return create_app(service, extra_routes=[responses.routes, messages.routes])
+        return create_app(service, )
 
     return make
 

@@ -14,7 +14,6 @@ from scripted_service import ScriptedService, called, ran, said
 from starlette.applications import Starlette
 
 from jaxcept.scheduler.params import SamplingParams
-from jaxcept_serve import messages
 from jaxcept_serve.app import create_app
 from jaxcept_serve.conversion import messages_of_anthropic, with_server_calls
 from jaxcept_serve.turns import ServiceError, TextDelta, Usage
@@ -30,7 +29,7 @@ HI: Any = [{"role": "user", "content": "hi"}]
 
 def make(*scripts: Any, **kwargs: Any) -> tuple[ScriptedService, Starlette]:
     service = ScriptedService(*scripts, **kwargs)
-    return service, create_app(service, extra_routes=[messages.routes])
+    return service, create_app(service)
 
 
 def post(app: Starlette, body: Any, path: str = "/v1/messages", **headers: str) -> tuple[int, Any]:

@@ -14,7 +14,6 @@ from scripted_service import USAGE, ScriptedService, called, ran, said
 from starlette.applications import Starlette
 
 from jaxcept.scheduler.plan import TokenLogprobs
-from jaxcept_serve import responses
 from jaxcept_serve.app import create_app
 from jaxcept_serve.conversion import with_server_calls
 from jaxcept_serve.response_store import ResponseStore, StoredResponse
@@ -32,7 +31,7 @@ CALL = ("call_1", "calculator", '{"expression": "1+1"}')
 
 def make(*scripts: Any, **kwargs: Any) -> tuple[ScriptedService, Starlette]:
     service = ScriptedService(*scripts, **kwargs)
-    return service, create_app(service, extra_routes=[responses.routes])
+    return service, create_app(service)
 
 
 def post(app: Starlette, body: Any, path: str = "/v1/responses") -> tuple[int, Any]:

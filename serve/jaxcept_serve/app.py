@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
+from jaxcept_serve import chat, completions, messages, models, responses, tokens
 from jaxcept_serve.api import Api
 from jaxcept_serve.limits import ApiKey, Gate, ServerOptions
 from jaxcept_serve.security import Wall
@@ -20,7 +21,14 @@ from jaxcept_serve.wire import shown
 
 RouteMaker = Callable[[Api], Sequence[BaseRoute]]
 
-ROUTE_MAKERS: tuple[RouteMaker, ...] = ()
+ROUTE_MAKERS: tuple[RouteMaker, ...] = (
+    chat.routes,
+    completions.routes,
+    responses.routes,
+    messages.routes,
+    models.routes,
+    tokens.routes,
+)
 
 
 def create_app(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxcept
-from jaxcept.build import architectures, describe_model, profile_model
-from jaxcept.config import IMPLEMENTATIONS, EngineConfig, shipped_model
+from jaxcept.build import architectures, describe_model, obey_host, profile_model
+from jaxcept.config import IMPLEMENTATIONS, EngineConfig, Hosts, shipped_model
+from jaxcept.hosts import EXIT_HOST_LOST, HostLostError
 from jaxcept.llm import LLM
 from jaxcept.outputs import RequestOutput
 from jaxcept.scheduler.durations import ESTIMATORS
@@ -33,19 +35,35 @@ COST_FIELDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit status: 0, or 2 where the user's input was wrong."""
+    """Runs one command; the exit status: 0, 2 where the user's input was wrong, 72 where another host was lost."""
     args = make_parser().parse_args(argv)
     if args.command is None:
         make_parser().print_help()
         return 2
     try:
-        status: int = args.run(args)
+        status: int = obey(args) if is_obeying(args) else args.run(args)
+    except HostLostError as error:
+        print(f"jaxcept {args.command}: {error}", file=sys.stderr)
+        return EXIT_HOST_LOST
     except (ValueError, FileNotFoundError) as error:
         print(f"jaxcept {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return status
+
+
+def is_obeying(args: argparse.Namespace) -> bool:
+    """Whether this is another host than the first: it does the same whatever the command."""
+    return bool(getattr(args, "host_id", 0))
+
+
+def obey(args: argparse.Namespace) -> int:
+    """Any command on another host than the first."""
+    config = make_config(args)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    obey_host(config, lambda done, total, what: None)
+    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -115,6 +133,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data-parallel-size", type=int, default=1, help="groups of devices that share the tokens of a step"
     )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="host 0 of several; the port after it is used too")
+    group.add_argument("--num-hosts", type=int, default=1, help="hosts that share one engine, each with this command")
+    group.add_argument("--host-id", type=int, default=0, help="which of them this is; 0 serves, the others obey")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument(
         "--tools",
@@ -175,7 +196,16 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "duration_estimator", "cost_model", "chat_template", "tool_call_parser", "implementation",
         "tensor_parallel_size", "data_parallel_size", "seed",
     )  # fmt: skip
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in names} | {"hosts": make_hosts(args)}
+
+
+def make_hosts(args: argparse.Namespace) -> Hosts | None:
+    """The hosts that the flags name; None for this one alone. ValueError where the flags are not whole."""
+    if args.coordinator is None and args.num_hosts == 1 and args.host_id == 0:
+        return None
+    if args.coordinator is None:
+        raise ValueError(f"--num-hosts {args.num_hosts} --host-id {args.host_id}: --coordinator is missing")
+    return Hosts(args.coordinator, args.num_hosts, args.host_id)
 
 
 def make_sampling(args: argparse.Namespace) -> SamplingParams:

@@ -64,15 +64,16 @@ def constrained_to_schema(schema: Any, path: str, max_bytes: int) -> dict[str, A
     """Fields of SamplingParams for text that is to match a JSON schema. Raises ServiceError 400."""
     if len(to_json(as_object(schema, path))) > max_bytes:
         raise bad(path, f"expected at most {max_bytes} bytes")
-    return _constrained({"json": schema}, path)
+    return constrained({"json": schema}, path)
 
 
 def constrained_to_json(path: str) -> dict[str, Any]:
     """Fields of SamplingParams for text that is to be a JSON object. Raises ServiceError 400."""
-    return _constrained({"json": {"type": "object"}}, path)
+    return constrained({"json": {"type": "object"}}, path)
 
 
-def _constrained(value: Mapping[str, Any], path: str) -> dict[str, Any]:
+def constrained(value: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Fields of SamplingParams for text that is to match one of json, regex, choice, grammar. ServiceError 400."""
     if "structured" not in SamplingParams.__dataclass_fields__:
         raise bad(path, "constrained output is not available")
     return {"structured": value}

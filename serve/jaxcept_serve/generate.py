@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -99,7 +100,7 @@ class _Native:
         ids = await self._service.ids_of(prompt if isinstance(prompt, str) else as_token_ids(_array(prompt), "prompt"))
         try:
             run = await self._runs.start(
-                f"gen-{self._api.request_id(request)}", ids, params, options, self._api.caller(request), values["open"]
+                f"gen-{uuid.uuid4().hex}", ids, params, options, self._api.caller(request), values["open"]
             )
         except ValueError as error:
             refuse(error)

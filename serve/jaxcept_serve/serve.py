@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from jaxcept.build import obey_host
 from jaxcept.config import EngineConfig
 from jaxcept.tools.sources import SERVER_LIMITS
 from jaxcept_serve.limits import ApiKey, ServerOptions
@@ -98,6 +99,9 @@ def run_serve(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     with console.status("starting") as status:
         config = make_config(given)
+        if config.engine.hosts is not None and config.engine.hosts.host_id:
+            obey_host(config.engine, lambda done, total, what: _show(status, console, config, done, total, what))
+            return 0
         return run(config, lambda done, total, what: _show(status, console, config, done, total, what))
 
 

@@ -342,4 +342,3 @@ def error_response(error: ServiceError, path: str, request_id: str | None = None
 def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """A JSON answer."""
     return Response(to_json(value), status, headers, media_type="application/json")
-

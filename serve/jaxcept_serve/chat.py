@@ -1,0 +1,400 @@
+"""/v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from jaxcept.scheduler.params import MAX_LOGPROBS
+from jaxcept_serve.api import HINT_FIELDS, MAX_NAME_CHARS, Api, all_fields, openai_usage
+from jaxcept_serve.client_tools import ToolLimits, read_function
+from jaxcept_serve.logprobs import chat_logprobs
+from jaxcept_serve.sampling import MAX_INT, SAMPLING_FIELDS, read_sampling
+from jaxcept_serve.sse import DONE, closing, event
+from jaxcept_serve.turn_chunks import TurnChunks, begin_turn
+from jaxcept_serve.turns import (
+    CallDelta,
+    ChatTurn,
+    FullCall,
+    TextDelta,
+    ToolAnswered,
+    TurnDone,
+    TurnEvent,
+    TurnFinished,
+)
+from jaxcept_serve.wire import Body, Field, as_object, as_text, bad, json_response, read_fields, refuse_fields, shown
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# Finishes that OpenAI's clients know; ours are told as jaxcept_finish_reason beside "stop".
+KNOWN_REASONS = ("stop", "length", "tool_calls")
+_REFUSED = {
+    "audio": "audio is not supported",
+    "functions": "functions are not supported; use tools",
+    "function_call": "function_call is not supported; use tool_choice",
+    "mm_processor_kwargs": "the model takes text alone",
+    "documents": "documents are not supported; put them into a message",
+}
+_STREAM_OPTIONS = (
+    Field("include_usage", "boolean", default=False),
+    Field("continuous_usage_stats", "boolean", default=False),
+)
+
+CHAT_FIELDS = all_fields(
+    (
+        Field("model", "string", "Name of the model; absent: the first.", max_length=MAX_NAME_CHARS),
+        Field("messages", "array", "The conversation.", required=True, min_length=1,
+              items=Field("", "object", nullable=False)),
+        Field("tools", "array", "Functions of the client.", items=Field("", "object", nullable=False)),
+        Field("tool_choice", "any", "none, auto, required, or one tool.",
+              schema={"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}),
+        Field("parallel_tool_calls", "boolean", default=True),
+        Field("max_tokens", "integer", minimum=1, maximum=MAX_INT),
+        Field("max_completion_tokens", "integer", minimum=1, maximum=MAX_INT),
+        Field("stream", "boolean", default=False),
+        Field("stream_options", "object", read=lambda value, path: read_fields(value, _STREAM_OPTIONS, path),
+              schema={"properties": {field.name: field.json_schema for field in _STREAM_OPTIONS}}),
+        Field("logprobs", "boolean", default=False),
+        Field("top_logprobs", "integer", minimum=0, maximum=MAX_LOGPROBS),
+        Field("add_generation_prompt", "boolean", default=True),
+        Field("chat_template_kwargs", "object", "What the chat template reads further.", max_length=64),
+        Field("chat_template", "string", "Refused, unless the server is told to take it."),
+        Field("max_tool_calls", "integer", "Most calls of the server's tools.", minimum=0, maximum=100_000),
+        Field("user", "string", max_length=MAX_NAME_CHARS),
+        Field("safety_identifier", "string", max_length=MAX_NAME_CHARS),
+        Field("service_tier", "string", max_length=64),
+        Field("metadata", "object", max_length=16),
+        Field("store", "boolean"),
+        Field("reasoning_effort", "string", max_length=64),
+    ),
+    SAMPLING_FIELDS,
+    HINT_FIELDS,
+)  # fmt: skip
+
+
+def routes(api: Api) -> list[BaseRoute]:
+    """POST /v1/chat/completions."""
+    return [Route("/v1/chat/completions", ChatCompletions(api).create, methods=["POST"])]
+
+
+def read_turn(api: Api, request: Request, body: Body, values: Body) -> ChatTurn:
+    """A chat request's turn. Raises ServiceError."""
+    refuse_fields(body, _REFUSED)
+    if values["chat_template"] is not None and not api.options.allow_chat_template:
+        raise bad("chat_template", "templates are not taken from requests")
+    kwargs = values["chat_template_kwargs"] or {}
+    for name in ("chat_template", "messages", "tools", "add_generation_prompt"):
+        if name in kwargs:
+            raise bad(f"chat_template_kwargs.{name}", "may not be set here")
+    messages = read_messages(values["messages"], api.options.max_messages)
+    tools = read_tools(values["tools"] or [], ToolLimits(api.options.max_tools, api.options.max_schema_bytes))
+    limit = values["max_completion_tokens"] or values["max_tokens"]
+    wants_logprobs = values["logprobs"] or values["top_logprobs"] is not None
+    if values["top_logprobs"] is not None and not values["logprobs"]:
+        raise bad("top_logprobs", "expected logprobs to be true with it")
+    params = read_sampling(
+        values, api.options, max_tokens=limit, logprobs=(values["top_logprobs"] or 0) if wants_logprobs else None
+    )
+    ours: Mapping[str, Any] = values["jaxcept"] or {}
+    max_tool_calls = values["max_tool_calls"]
+    run_tools = ours.get("run_tools")
+    return ChatTurn(
+        request_id=f"chatcmpl-{uuid.uuid4().hex}",
+        messages=messages,
+        params=params,
+        tools=tools,
+        tool_choice=read_tool_choice(values["tool_choice"]),
+        parallel_tool_calls=values["parallel_tool_calls"],
+        run_tools=None if run_tools is None else tuple(run_tools),
+        max_tool_calls=ours.get("max_tool_calls") if max_tool_calls is None else max_tool_calls,
+        template_kwargs=kwargs,
+        add_generation_prompt=values["add_generation_prompt"],
+        hints=api.hints(values, request),
+    )
+
+
+def read_messages(given: Sequence[Mapping[str, Any]], max_messages: int) -> list[dict[str, Any]]:
+    """Messages, checked. Every tool message answers a call of the assistant's turn before it, once."""
+    if len(given) > max_messages:
+        raise bad("messages", f"expected at most {max_messages}, got {len(given)}")
+    messages: list[dict[str, Any]] = []
+    open_calls: set[str] = set()
+    for i, message in enumerate(given):
+        path = f"messages[{i}]"
+        role = message.get("role")
+        if role not in ROLES:
+            raise bad(f"{path}.role", f"expected one of {', '.join(ROLES)}, got {shown(role)}")
+        content = _content(message.get("content"), f"{path}.content")
+        read: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": content}
+        if role == "tool":
+            call_id = as_text(message.get("tool_call_id"), f"{path}.tool_call_id")
+            if call_id not in open_calls:
+                raise bad(f"{path}.tool_call_id", f"{shown(call_id)} is no call that is still to be answered")
+            open_calls.discard(call_id)
+            read["tool_call_id"] = call_id
+        elif role == "assistant":
+            calls = _calls(message.get("tool_calls"), f"{path}.tool_calls")
+            open_calls = {call["id"] for call in calls}
+            if calls:
+                read["tool_calls"] = calls
+            for name in ("reasoning_content", "reasoning"):
+                if isinstance(message.get(name), str):
+                    read["reasoning_content"] = message[name]
+        else:
+            open_calls = set()
+        if content is None and not (role == "assistant" and (read.get("tool_calls") or "reasoning_content" in read)):
+            raise bad(f"{path}.content", "expected text, or parts of text")
+        if message.get("name") is not None:
+            read["name"] = as_text(message["name"], f"{path}.name")
+        messages.append(read)
+    return messages
+
+
+def _content(value: Any, path: str) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise bad(path, f"expected text, or an array of parts, got {shown(value)}")
+    parts = []
+    for i, part in enumerate(value):
+        kind = as_object(part, f"{path}[{i}]").get("type")
+        if kind == "refusal":
+            parts.append({"type": "text", "text": as_text(part.get("refusal"), f"{path}[{i}].refusal")})
+        elif kind != "text":
+            raise bad(f"{path}[{i}].type", f"the model takes text alone, got {shown(kind)}")
+        else:
+            parts.append({"type": "text", "text": as_text(part.get("text"), f"{path}[{i}].text")})
+    return parts
+
+
+def _calls(value: Any, path: str) -> list[dict[str, Any]]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise bad(path, f"expected an array, got {shown(value)}")
+    calls, seen = [], set()
+    for i, call in enumerate(value):
+        at = f"{path}[{i}]"
+        call_id = as_text(as_object(call, at).get("id"), f"{at}.id")
+        function = as_object(call.get("function"), f"{at}.function")
+        if call_id in seen:
+            raise bad(f"{at}.id", f"{shown(call_id)} names two calls")
+        seen.add(call_id)
+        name = as_text(function.get("name"), f"{at}.function.name")
+        arguments = function.get("arguments")
+        if not isinstance(arguments, str | dict):
+            raise bad(f"{at}.function.arguments", f"expected JSON in a string, got {shown(arguments)}")
+        calls.append({"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}})
+    return calls
+
+
+def read_tools(given: Sequence[Mapping[str, Any]], limits: ToolLimits) -> list[dict[str, Any]]:
+    """The client's tools, checked."""
+    limits.check(given, "tools")
+    tools = []
+    for i, tool in enumerate(given):
+        if tool.get("type") != "function":
+            raise bad(f"tools[{i}].type", f"expected function, got {shown(tool.get('type'))}")
+        tools.append(read_function(as_object(tool.get("function"), f"tools[{i}].function"), f"tools[{i}].function"))
+    limits.check_names(tools, "tools")
+    return tools
+
+
+def read_tool_choice(choice: Any) -> str:
+    """ChatTurn.tool_choice."""
+    if choice is None:
+        return "auto"
+    if isinstance(choice, str):
+        if choice not in ("none", "auto", "required"):
+            raise bad("tool_choice", f"expected none, auto, required or an object, got {shown(choice)}")
+        return choice
+    if as_object(choice, "tool_choice").get("type") != "function":
+        raise bad("tool_choice.type", f"expected function, got {shown(choice.get('type'))}")
+    function = as_object(choice.get("function"), "tool_choice.function")
+    return as_text(function.get("name"), "tool_choice.function.name")
+
+
+class ChatCompletions:
+    """The route's handler."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+
+    async def create(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        api, caller = self._api, self._api.caller(request)
+        body = await api.read_body(request)
+        values = read_fields(body, CHAT_FIELDS)
+        model = api.check_model(values["model"])
+        turn = read_turn(api, request, body, values)
+        api.admit(turn.params.n)
+        if values["stream"]:
+            events = await begin_turn(api.service, turn, caller, "messages")
+            chunks = self._chunks(events, turn, model, values["stream_options"] or {})
+            return api.stream(request, TurnChunks(chunks, events))
+
+        async def whole() -> Body:
+            async with closing(await begin_turn(api.service, turn, caller, "messages")) as events:
+                return await self._whole(events, turn, model)
+
+        return json_response(await api.collect(request, whole()))
+
+    async def _whole(self, events: AsyncIterator[TurnEvent], turn: ChatTurn, model: str) -> Body:
+        choices: list[Body] = []
+        usage: Body = {}
+        extra: Body = {}
+        async for item in events:
+            if isinstance(item, TurnFinished):
+                choices.append(self._choice(item, turn))
+            elif isinstance(item, TurnDone):
+                usage = openai_usage(item.usage)
+                if item.prompt_logprobs is not None:
+                    extra["prompt_logprobs"] = self._prompt_logprobs(item)
+        choices.sort(key=lambda choice: int(choice["index"]))
+        return {**_head(turn, model, "chat.completion"), "choices": choices, "usage": usage, **extra}
+
+    def _choice(self, finished: TurnFinished, turn: ChatTurn) -> Body:
+        own = [call for call in finished.calls if not call.by_server]
+        message: Body = {"role": "assistant", "content": finished.text, "refusal": None}
+        if own:
+            message["content"] = finished.text or None
+            message["tool_calls"] = [_call(call) for call in own]
+        served = [_served(call) for call in finished.calls if call.by_server]
+        if served:
+            message["jaxcept_tools"] = served
+        choice: Body = {"index": finished.index, "message": message, "logprobs": None} | _finish(finished)
+        if turn.params.logprobs is not None:
+            choice["logprobs"] = chat_logprobs(finished.token_ids, finished.logprobs or (), self._token_text)
+        return choice
+
+    def _prompt_logprobs(self, done: TurnDone) -> list[Any]:
+        """As vLLM tells them: for each prompt token, the candidates by id."""
+        entries = zip(done.prompt_token_ids, done.prompt_logprobs or (), strict=True)
+        return [
+            None
+            if entry is None
+            else {
+                str(other): {"logprob": value, "decoded_token": self._token_text(other)}
+                for other, value in (*entry.top, (token_id, entry.logprob))
+            }
+            for token_id, entry in entries
+        ]
+
+    async def _chunks(
+        self, events: AsyncIterator[TurnEvent], turn: ChatTurn, model: str, options: Mapping[str, Any]
+    ) -> AsyncGenerator[bytes, None]:
+        stream = _Stream(_head(turn, model, "chat.completion.chunk"), bool(options.get("include_usage")))
+        async with closing(events):
+            for index in range(turn.params.n):
+                yield stream.chunk(index, {"role": "assistant", "content": ""})
+            async for item in events:
+                if isinstance(item, TurnDone):
+                    if stream.tells_usage:
+                        yield stream.usage(item)
+                    break
+                for chunk in self._chunk(stream, item, turn):
+                    yield chunk
+        yield DONE
+
+    def _chunk(self, stream: _Stream, item: TurnEvent, turn: ChatTurn) -> list[bytes]:
+        match item:
+            case TextDelta():
+                return self._text_chunk(stream, item, turn)
+            case CallDelta(by_server=True):
+                stream.note(item)
+            case CallDelta():
+                return [stream.chunk(item.index, {"tool_calls": [stream.piece(item)]})]
+            case ToolAnswered():
+                return [stream.chunk(item.index, {"jaxcept_tool": stream.answered(item)})]
+            case TurnFinished():
+                return [stream.chunk(item.index, {}, None, item)]
+        return []
+
+    def _text_chunk(self, stream: _Stream, item: TextDelta, turn: ChatTurn) -> list[bytes]:
+        logprobs = None
+        if turn.params.logprobs is not None and item.logprobs:
+            logprobs = chat_logprobs(item.token_ids, item.logprobs, self._token_text)
+        if not item.text and logprobs is None:
+            return []
+        return [stream.chunk(item.index, {"content": item.text}, logprobs)]
+
+    def _token_text(self, token_id: int) -> str:
+        return self._api.service.detokenize([token_id])
+
+
+@dataclass(slots=True)
+class _Stream:
+    """The chunks of one streamed turn."""
+
+    head: Body
+    tells_usage: bool
+    numbers: dict[tuple[int, str], int] = field(default_factory=dict)  # of the client's calls, by completion and id
+    arguments: dict[str, str] = field(default_factory=dict)  # of the server's calls
+
+    def chunk(self, index: int, delta: Body, logprobs: Body | None = None, end: TurnFinished | None = None) -> bytes:
+        """One chunk with one choice."""
+        finish = {"finish_reason": None} if end is None else _finish(end)
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, **finish}
+        usage = {"usage": None} if self.tells_usage else {}
+        return event({**self.head, "choices": [choice], **usage})
+
+    def usage(self, done: TurnDone) -> bytes:
+        """The chunk that tells the usage."""
+        return event({**self.head, "choices": [], "usage": openai_usage(done.usage)})
+
+    def piece(self, delta: CallDelta) -> Body:
+        """A piece of a call of the client's; their numbers count those alone."""
+        of_choice = sum(1 for index, _ in self.numbers if index == delta.index)
+        number = self.numbers.setdefault((delta.index, delta.call_id), of_choice)
+        piece: Body = {"index": number, "function": {"arguments": delta.arguments}}
+        if delta.name is not None:
+            piece |= {"id": delta.call_id, "type": "function"}
+            piece["function"]["name"] = delta.name
+        return piece
+
+    def note(self, delta: CallDelta) -> None:
+        """Keeps the arguments of a call of the server's, to be told with its answer."""
+        self.arguments[delta.call_id] = self.arguments.get(delta.call_id, "") + delta.arguments
+
+    def answered(self, item: ToolAnswered) -> Body:
+        """A call of the server's and its answer."""
+        return {
+            "id": item.call_id,
+            "name": item.name,
+            "arguments": self.arguments.pop(item.call_id, "{}"),
+            "result": item.text,
+            "is_error": item.is_error,
+            "duration_s": item.duration_s,
+        }
+
+
+def _head(turn: ChatTurn, model: str, kind: str) -> Body:
+    return {"id": turn.request_id, "object": kind, "created": int(time.time()), "model": model}
+
+
+def _finish(finished: TurnFinished) -> Body:
+    reason = finished.finish_reason
+    told: Body = {"finish_reason": reason if reason in KNOWN_REASONS else "stop"}
+    if finished.stop_reason is not None:
+        told["stop_reason"] = finished.stop_reason
+    return told if reason in KNOWN_REASONS else {**told, "jaxcept_finish_reason": reason}
+
+
+def _call(call: FullCall) -> Body:
+    return {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _served(call: FullCall) -> Body:
+    return {
+        "id": call.call_id,
+        "name": call.name,
+        "arguments": call.arguments,
+        "result": call.result,
+        "is_error": call.is_error,
+    }
