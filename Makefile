@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format bench check-gpu-offline setup clean
+.PHONY: demo test lint format bench check-gpu-offline check-clients soak setup clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -25,6 +25,17 @@ bench: $(STAMP)
 
 check-gpu-offline:
 	$(PYTHON) benchmarks/check_gpu_offline.py
+
+CLIENTS := .cache/clients
+CLIENT_PACKAGES := openai anthropic openai-agents langchain-openai "pydantic-ai-slim[openai]" litellm mcp "lm-eval[api]" torch==2.13.0
+
+check-clients: $(STAMP)
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check $(CLIENT_PACKAGES)
+	$(BIN)/python examples/clients/run.py --python $(CURDIR)/$(CLIENTS)/bin/python
+
+soak: $(STAMP)
+	$(BIN)/python benchmarks/soak.py
 
 setup: $(STAMP)
 

@@ -11,7 +11,7 @@ tools = [
 
 
 def ask(messages: list, streamed: bool):
-    asked = {"model": MODEL, "max_tokens": 200, "messages": messages, "tools": tools, "temperature": 0}
+    asked = {"model": MODEL, "max_tokens": 200, "messages": messages, "tools": tools, "extra_body": {"temperature": 0}}
     if not streamed:
         return client.messages.create(**asked)
     with client.messages.stream(**asked) as stream:

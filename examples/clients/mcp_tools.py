@@ -1,9 +1,9 @@
 """An MCP server with two tools, over its standard input and output: `jaxcept serve --mcp "tools=python mcp_tools.py"`."""
 
 from common import run_tool
-from mcp.server.fastmcp import FastMCP
+from mcp.server.mcpserver import MCPServer
 
-server = FastMCP("tools")
+server = MCPServer("tools", log_level="ERROR")
 
 
 @server.tool()

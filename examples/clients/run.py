@@ -65,7 +65,9 @@ def run(name: str, command: Sequence[str], url: str) -> bool:
     began = time.monotonic()
     environment = {**os.environ, "JAXCEPT_URL": url, "OPENAI_API_KEY": "none"}
     status = subprocess.run(command, cwd=FOLDER, env=environment, timeout=300, check=False).returncode
-    print(f"== {name}: {'passed' if not status else f'FAILED ({status})'}, {time.monotonic() - began:.1f} s", flush=True)
+    print(
+        f"== {name}: {'passed' if not status else f'FAILED ({status})'}, {time.monotonic() - began:.1f} s", flush=True
+    )
     return not status
 
 
