@@ -243,10 +243,9 @@ def write_results(programs: list[Program], out: Path) -> None:
     wrong = [fault for row in rows for fault in faults(row)]
     verdict = "\n".join(f"- {fault}" for fault in wrong) or f"{len(rows)} programs, nothing failed."
     command = f"`python benchmarks/check_gpu_offline.py --jax {versions}`"
-    out.with_suffix(".md").write_text(
-        f"# Compiled for GPUs, without one\n\n{command}. Bytes are those of one device; registers and spills are ptxas's. "
-        f"Nothing here was run.\n\n{verdict}\n\n{table(rows)}\n"
-    )
+    legend = "Bytes are those of one device; registers and spills are ptxas's. Nothing here was run."
+    text = f"# Compiled for GPUs, without one\n\n{command}. {legend}\n\n{verdict}\n\n{table(rows)}\n"
+    out.with_suffix(".md").write_text(text)
 
 
 def main() -> int:
