@@ -42,6 +42,7 @@ class ServerOptions:
     allow_chat_template: bool = False
     max_body_bytes: int = 16 * MIB
     max_json_depth: int = 100
+    header_timeout_s: float = 15.0
     body_timeout_s: float = 60.0
     send_timeout_s: float = 120.0
     sse_keepalive_s: float = 15.0
@@ -52,6 +53,7 @@ class ServerOptions:
     max_completions: int = 1024
     max_tools: int = 512
     max_schema_bytes: int = 256 * 1024
+    max_connections: int = 8192
     max_concurrent: int = 2048
     max_concurrent_per_key: int | None = None
     requests_per_s: float | None = None
@@ -63,14 +65,14 @@ class ServerOptions:
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_json_depth", "max_headers", "max_header_bytes", "max_prompts",
                      "max_messages", "max_completions", "max_tools", "max_schema_bytes", "max_concurrent",
-                     "burst"):  # fmt: skip
+                     "max_connections", "burst"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
         for name in ("max_concurrent_per_key", "requests_per_s", "max_num_queued_reqs", "max_num_queued_tokens"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value}: expected above 0, or None")
-        for name in ("body_timeout_s", "send_timeout_s", "sse_keepalive_s", "retry_after_s"):
+        for name in ("header_timeout_s", "body_timeout_s", "send_timeout_s", "sse_keepalive_s", "retry_after_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: expected seconds above 0")
         names = [key.name for key in self.api_keys]

@@ -89,7 +89,7 @@ class Wall:
 
         try:
             await self._pass(scope, receive, watched_send, request_id)
-        except (ClientDisconnect, OSError):
+        except ClientDisconnect:
             return
         except ServiceError as error:
             if has_started:

@@ -24,6 +24,7 @@ from jaxcept_serve.app import create_app
 from jaxcept_serve.limits import ServerOptions
 from jaxcept_serve.logs import RequestContext, log_config
 from jaxcept_serve.observation import Observation
+from jaxcept_serve.protocol import guarded_protocol, raise_file_limit
 from jaxcept_serve.service import EngineService, HoldOptions
 
 logger = logging.getLogger(__name__)
@@ -175,6 +176,7 @@ class Server(uvicorn.Server):
 
 def run(config: ServeConfig, progress: Progress = silent) -> int:
     """Serves until a signal; the exit status: 0, or what says that the engine died or its books did not add up."""
+    raise_file_limit()
     running = Running(config, progress)
     options = uvicorn.Config(
         RequestContext(running.app),
@@ -184,14 +186,13 @@ def run(config: ServeConfig, progress: Progress = silent) -> int:
         access_log=False,
         lifespan="off",
         ws="none",
-        http="httptools",
+        http=guarded_protocol(config.options),
         loop="uvloop",
         backlog=config.backlog,
         timeout_keep_alive=config.keep_alive_s,
         timeout_graceful_shutdown=1,
         server_header=False,
         proxy_headers=False,
-        h11_max_incomplete_event_size=config.options.max_header_bytes,
     )
     server = Server(options, running)
     try:

@@ -114,7 +114,7 @@ class EventStream(Response):
                     await self._send(send, chunk)
             except ServiceError as error:
                 await self._send(send, self.on_error(error))
-            except (ClientDisconnect, OSError):
+            except ClientDisconnect:
                 raise
             except Exception:
                 logger.exception("a stream failed")
