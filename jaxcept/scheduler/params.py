@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
@@ -32,6 +33,38 @@ def _is_int(value: object) -> bool:
 
 def _is_finite(value: object) -> bool:
     return (isinstance(value, float) or _is_int(value)) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutput:
+    """What the text of each turn must be: exactly one of these.
+
+    `json_schema` is an object, or JSON text; `regex` has Rust's syntax, `grammar` Lark's, with a rule `start`;
+    `choice` is one of some texts; `json_object` any JSON object. They are compiled where the request is added.
+    """
+
+    json_schema: Mapping[str, Any] | str | bool | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    choice: tuple[str, ...] | list[str] | None = None
+    json_object: bool = False
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.__slots__ if getattr(self, name) not in (None, False)]
+        if self.json_schema is False:
+            given.append("json_schema")
+        _require(len(given) == 1, "structured", given, "exactly one of " + ", ".join(self.__slots__))
+        for name in ("regex", "grammar"):
+            value = getattr(self, name)
+            _require(value is None or (isinstance(value, str) and bool(value)), name, str(value)[:40], "a text")
+        _require(isinstance(self.json_schema, Mapping | str | bool | None), "json_schema", str(self.json_schema)[:40],
+                 "an object, or JSON text")  # fmt: skip
+        _require(isinstance(self.json_object, bool), "json_object", self.json_object, "True or False")
+        if self.choice is not None:
+            is_list = isinstance(self.choice, tuple | list) and bool(self.choice)
+            _require(is_list and all(isinstance(text, str) and text for text in self.choice), "choice",
+                     str(self.choice)[:40], "a list of texts that are not empty")  # fmt: skip
+            object.__setattr__(self, "choice", tuple(self.choice))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +95,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -111,6 +145,8 @@ class SamplingParams:
             value = getattr(self, name)
             _require(value is None or (_is_int(value) and 0 <= value <= MAX_LOGPROBS), name, value,
                      f"0 to {MAX_LOGPROBS}, or None")  # fmt: skip
+        _require(self.structured is None or isinstance(self.structured, StructuredOutput), "structured",
+                 str(self.structured)[:40], "a StructuredOutput, or None")  # fmt: skip
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
 
