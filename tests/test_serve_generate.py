@@ -183,3 +183,16 @@ def test_a_listener_that_leaves(run: Any, llm: AsyncLLM):
         await client.delete(f"/v1/interceptions/{opened['id']}")
 
     run(test)
+
+
+def test_a_forgotten_interception_ends_its_generation(run: Any, llm: AsyncLLM):
+    async def test(client: httpx.AsyncClient) -> None:
+        opened = (await start(client, timeout_s=0.1, max_tokens=200))["interception"]
+        for _ in range(200):
+            if (await client.get(f"/v1/interceptions/{opened['id']}")).status_code == 410:
+                break
+            await asyncio.sleep(0.02)
+        figures = await llm.ask(lambda session: session.engine.metrics())
+        assert figures["finished_abort"] >= 1 and not figures["num_running"] + figures["num_waiting"]
+
+    run(test)

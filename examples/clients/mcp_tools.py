@@ -1,4 +1,4 @@
-"""An MCP server with two tools, over its standard input and output: `jaxcept serve --mcp "tools=python mcp_tools.py"`."""
+"""An MCP server with two tools, over standard input and output: `jaxcept serve --mcp "tools=python mcp_tools.py"`."""
 
 from common import run_tool
 from mcp.server.mcpserver import MCPServer

@@ -1,6 +1,6 @@
 """Runs every client of this folder against a server of its own: python run.py [--python PATH] [NAME …]
 
-The clients' packages: openai anthropic openai-agents langchain-openai pydantic-ai-slim[openai] litellm mcp lm-eval[api].
+The clients have packages of their own: `make check-clients` installs them.
 """
 
 from __future__ import annotations

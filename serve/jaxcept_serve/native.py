@@ -240,6 +240,8 @@ class NativeRuns:
                 run.num_returned += len(delta.token_ids)
                 if run.opened is not None and run.opened.status is not Status.COMPUTING:
                     self._close(run, Status.GONE)  # its time was up, and the model was told
+                    if run.listener is None:
+                        run.stream.close()  # which nobody would hear of
                 return {"type": "returned", "text": delta.text, "token_ids": list(delta.token_ids)}
             case "intercepted":
                 return self._on_intercepted(run, str(delta.trigger))
