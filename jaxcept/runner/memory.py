@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import jax
 
 from jaxcept.runner.swapper import ARITIES
+from jaxcept_models.footprint import Footprint
 from jaxcept_models.model import Model
+from jaxcept_models.sharding import ALONE
 
 CPU_POOL_BYTES = 4 << 30
 CPU_MEMORY_SHARE = 0.25
@@ -20,7 +22,7 @@ def choose_num_blocks(
 ) -> int:
     """Blocks of a pool that fits the devices and is of use.
 
-    On a GPU: `memory_utilization` of its memory, less what is in use, the largest step's activations, and the blocks on
+    On a GPU: `memory_utilization` of its memory, less what is in use, what the largest programs need, and the blocks on
     their way to and from the host. On a CPU: a quarter of the machine's memory, at most 4 GiB. Never more than what
     twice the longest batch could hold (the other half keeps cached prefixes and waiting contexts). ValueError if not
     one sequence fits.
@@ -28,9 +30,11 @@ def choose_num_blocks(
     per_sequence = -(-max_model_len // block_size)
     placement = model.placement
     devices = [jax.devices()[0]] if placement is None else list(placement.mesh.local_devices)
-    sharing = 1 if placement is None else placement.parallel.tensor
-    block_bytes = model.kv_layout(1, block_size).block_bytes // sharing  # on each device
-    affordable = _free_bytes(model, devices, step_tokens, memory_utilization) // block_bytes
+    parallel = ALONE if placement is None else placement.parallel
+    footprint = Footprint(model.config, parallel, model.dtype, model.implementation)
+    block_bytes = footprint.block_bytes(block_size)  # on each device
+    free = _free_bytes(devices, footprint.workspace_bytes(step_tokens, max_num_seqs), memory_utilization)
+    affordable = free // block_bytes
     if devices[0].platform != "cpu":
         affordable -= STAGED_BLOCKS
     if affordable < per_sequence:
@@ -41,14 +45,11 @@ def choose_num_blocks(
     return int(min(affordable, 2 * max_num_seqs * per_sequence))
 
 
-def _free_bytes(model: Model, devices: Sequence[jax.Device], step_tokens: int, memory_utilization: float) -> int:
+def _free_bytes(devices: Sequence[jax.Device], workspace_bytes: int, memory_utilization: float) -> int:
     """Bytes of the fullest device. Devices of a CPU share the machine's memory."""
     stats = [device.memory_stats() for device in devices]
     if devices[0].platform == "cpu" or not all(stats):
         physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return min(CPU_POOL_BYTES, int(physical * CPU_MEMORY_SHARE)) // len(devices)
-    config = model.config
-    widest = 2 * config.intermediate_size + 4 * config.hidden_size
-    activations = step_tokens * (widest * 4 + config.hidden_size * 16) + 3 * 4 * config.vocab_size * step_tokens
     free = min(int(each["bytes_limit"] * memory_utilization) - int(each["bytes_in_use"]) for each in stats)
-    return free - activations
+    return free - workspace_bytes

@@ -178,12 +178,16 @@ def place(config: ModelConfig, rules: Rules, mesh: Mesh) -> Placement:
     A vocabulary that the devices cannot share evenly is whole on each. ValueError where they cannot share the heads or
     the MLP.
     """
-    tensor, data = mesh.shape[TENSOR], mesh.shape[DATA]
-    check_tensor_size(config, tensor)
-    parallel = Parallel(tensor, data, tensor > 1 and config.vocab_size % tensor == 0)
+    parallel = share(config, mesh.shape[TENSOR], mesh.shape[DATA])
     if not parallel.splits_vocabulary:
         rules = {**rules, **dict.fromkeys(_VOCABULARY, _WHOLE)}
     return Placement(mesh, parallel, rules)
+
+
+def share(config: ModelConfig, tensor: int, data: int = 1) -> Parallel:
+    """How so many devices share a model. ValueError where they cannot."""
+    check_tensor_size(config, tensor)
+    return Parallel(tensor, data, tensor > 1 and config.vocab_size % tensor == 0)
 
 
 def check_tensor_size(config: ModelConfig, tensor: int) -> None:

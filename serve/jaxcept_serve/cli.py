@@ -26,7 +26,7 @@ from jaxcept.scheduler.policies.catalog import POLICIES
 from jaxcept.tools.definition import Tool
 from jaxcept.tools.load import load_tools
 from jaxcept.tools.parsers import PARSERS
-from jaxcept_serve import bench, convert, serve
+from jaxcept_serve import bench, convert, plan, serve
 
 COST_FIELDS = (
     "overhead_s", "floor_s", "token_s", "context_token_s", "pair_s", "saturation_tokens", "kv_token_bytes",
@@ -84,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_command(commands, add_engine_flags)
     bench.add_commands(commands)
     convert.add_command(commands)
+    plan.add_command(commands)
     measure = commands.add_parser(
         "profile",
         help="measure this device with a model",
