@@ -296,7 +296,7 @@ def main() -> int:
         tools.write_text(TOOLS)
         command = [
             sys.executable, "-m", "jaxcept_serve.cli", "serve", "--port", str(port), "--tools", str(tools),
-            "--hold-ttl", "5", "--uvicorn-log-level", "warning", *args.serve,
+            "--hold-ttl", "5", "--conversation-memory-mb", "16", "--uvicorn-log-level", "warning", *args.serve,
         ]  # fmt: skip
         log = Path(folder) / "server.log"
         with log.open("wb") as output:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
+TURN_OVERHEAD = 256  # ids that take as much memory as what is kept of a turn beside its ids
 MAX_VARIANTS = 8  # turns with the same messages, as of clients that ask the same
 
 Digest = bytes
@@ -36,15 +37,22 @@ class KnownTurn:
 
     `request_id` is the request whose sequence waits with the context, None where none does. `answers` are results of
     calls that need no client: tools of the server, called in the same turn as the client's. `ended_turn` says that the
-    last id ends the turn.
+    last id ends the turn. The ids are the first `num_ids` of a buffer, which a later turn of the conversation shares.
     """
 
-    ids: array[int]
+    buffer: array[int]
+    num_ids: int
     calls: tuple[CallRef, ...] = ()
     answers: Mapping[str, str] = field(default_factory=dict)
     ended_turn: bool = True
     request_id: str | None = None
     conversation: str | None = None
+    num_own: int = 0  # ids that no earlier turn has, and the overhead
+
+    @property
+    def ids(self) -> array[int]:
+        """A copy of the ids."""
+        return self.buffer[: self.num_ids]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +64,7 @@ class Match:
 
 
 class Conversations:
-    """Known turns, the least recently used forgotten first where their ids are more than `max_ids`."""
+    """Known turns, the least recently used forgotten first where they take more than `max_ids` ids (of 4 bytes)."""
 
     def __init__(self, max_ids: int = 32_000_000, max_held: int = 4096) -> None:
         if max_ids < 1 or max_held < 0:
@@ -74,14 +82,21 @@ class Conversations:
 
     @property
     def num_ids(self) -> int:
-        """Ids that are remembered."""
+        """Ids that are remembered, shared ones once, and the overhead of turns."""
         return self._num_ids
 
-    def remember(self, digest: Digest, turn: KnownTurn) -> list[str]:
-        """Takes a turn under the digest of all its messages; the requests whose contexts are to be given up for it."""
+    def remember(self, digest: Digest, turn: KnownTurn, before: KnownTurn | None = None) -> list[str]:
+        """Takes a turn under the digest of all its messages; the requests whose contexts are to be given up for it.
+
+        `before` is the turn that it goes on from, with which it shares its ids.
+        """
         variants = self._turns.setdefault(digest, [])
         variants.append(turn)
-        self._num_ids += len(turn.ids)
+        turn.num_own = turn.num_ids + TURN_OVERHEAD
+        if before is not None:
+            before.buffer = turn.buffer
+            turn.num_own -= before.num_ids
+        self._num_ids += turn.num_own
         self._turns.move_to_end(digest)
         if turn.request_id is not None:
             self._held[turn.request_id] = turn
@@ -119,7 +134,7 @@ class Conversations:
         return self._release(turn) if turn.request_id is not None else None
 
     def _forget(self, turn: KnownTurn) -> list[str]:
-        self._num_ids -= len(turn.ids)
+        self._num_ids -= turn.num_own
         return [self._release(turn)] if turn.request_id is not None else []
 
     def _release(self, turn: KnownTurn) -> str:

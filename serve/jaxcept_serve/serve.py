@@ -22,6 +22,8 @@ from jaxcept_serve.service import HoldOptions
 
 ENVIRONMENT = "JAXCEPT_"
 BUILT_IN_TOOLS = "jaxcept.tools.builtin"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOCAL_NAMES = ("localhost", "host.docker.internal")
 
 
 def add_command(commands: Any, add_engine_flags: Callable[[argparse.ArgumentParser], None]) -> None:
@@ -29,7 +31,7 @@ def add_command(commands: Any, add_engine_flags: Callable[[argparse.ArgumentPars
     parser = commands.add_parser(
         "serve",
         help="serve over HTTP",
-        description="Serves a model: the OpenAI and Anthropic APIs, tool calls that keep their context, a page to watch it.",
+        description="Serves a model: the OpenAI and Anthropic APIs, tool calls that keep their context, a page.",
         epilog="Every flag may also stand in the file of --config (YAML or JSON, names without the dashes) and in the"
         f" environment ({ENVIRONMENT}MAX_MODEL_LEN for --max-model-len). The command line goes before the environment,"
         " which goes before the file.",
@@ -50,12 +52,17 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--served-model-name", nargs="+", help="names that clients may ask for (default: the folder's)")
     group.add_argument("--api-key", action="append", metavar="[NAME=]KEY", help="may be repeated; none: open to all")
     group.add_argument("--salt-secret", help="makes the keys' cache salts the same from one start to the next")
-    group.add_argument("--allowed-hosts", nargs="+", default=[], help="names in Host headers (default: any)")
+    group.add_argument(
+        "--allowed-hosts",
+        nargs="+",
+        default=[],
+        help="names in Host headers (default: any; on loopback without keys: localhost)",
+    )
     group.add_argument("--allowed-origins", nargs="+", default=[], help="pages of other origins that may ask (CORS)")
-    group.add_argument("--allow-chat-template", action="store_true", help="take chat templates from requests")
     group.add_argument("--hold-ttl", type=float, default=300.0, help="seconds that a context waits for the next turn")
     group.add_argument("--max-hold-ttl", type=float, default=3600.0, help="seconds that a client may ask for")
     group.add_argument("--max-held", type=int, default=1024, help="contexts that wait for their next turn, at most")
+    group.add_argument("--conversation-memory-mb", type=float, default=256.0, help="MiB for the ids of known turns")
     group.add_argument("--intercept-timeout", type=float, default=120.0, help="seconds of one interception in a turn")
     group.add_argument("--grace-s", type=float, default=30.0, help="seconds to finish what runs after SIGTERM")
     group.add_argument("--uvicorn-log-level", default="info", help="debug, info, warning, error")
@@ -194,6 +201,7 @@ def make_config(args: argparse.Namespace) -> ServeConfig:
             ttl_s=_at_least(args.hold_ttl, 0, "--hold-ttl"),
             max_ttl_s=_at_least(args.max_hold_ttl, 0, "--max-hold-ttl"),
             max_held=_at_least(args.max_held, 0, "--max-held"),
+            memory_bytes=int(_at_least(args.conversation_memory_mb, 0, "--conversation-memory-mb") * (1 << 20)),
             intercept_timeout_s=_at_least(args.intercept_timeout, 0.001, "--intercept-timeout"),
         ),
         tools=make_tools(args, model),
@@ -210,12 +218,13 @@ def make_config(args: argparse.Namespace) -> ServeConfig:
 def make_options(args: argparse.Namespace) -> ServerOptions:
     """The server's limits."""
     keys = [_api_key(text, number) for number, text in enumerate(args.api_key or (), 1)]
+    # Any page that a browser shows can have its own name resolve to this machine, and then ask as if it were local.
+    is_open_to_pages = not keys and args.host in LOOPBACK
     options = ServerOptions(
         api_keys=tuple(keys),
         salt_secret=(args.salt_secret or "").encode(),
-        allowed_hosts=tuple(args.allowed_hosts),
+        allowed_hosts=tuple(args.allowed_hosts) or (LOCAL_NAMES if is_open_to_pages else ()),
         cors_origins=tuple(args.allowed_origins),
-        allow_chat_template=args.allow_chat_template,
         max_num_queued_reqs=args.max_num_queued_reqs or None,
     )
     names = (

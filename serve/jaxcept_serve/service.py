@@ -43,12 +43,13 @@ _FIELD = re.compile(r"^([a-z_]+)[=:\[ ]")
 
 @dataclass(frozen=True, slots=True)
 class HoldOptions:
-    """How contexts wait between two turns. Seconds; `max_held`: contexts that wait, at most."""
+    """How contexts wait between two turns. Seconds; `max_held`: contexts that wait, at most. `memory_bytes`: for the
+    ids of turns, so that no turn is encoded again."""
 
     ttl_s: float = 300.0
     max_ttl_s: float = 3600.0
     max_held: int = 1024
-    max_known_ids: int = 32_000_000
+    memory_bytes: int = 256 << 20
     intercept_timeout_s: float = 120.0
 
 
@@ -65,8 +66,8 @@ class _Prompt:
 class EngineService:
     """The Service of one engine. Lives in one event loop; the engine has a thread of its own.
 
-    `tools` gives the tools that the server runs, as they are at the moment. `make_parser` makes a parser of the model's calls, None where its
-    template shows no format that is known.
+    `tools` gives the tools that the server runs, as they are at the moment. `make_parser` makes a parser of the model's
+    calls, None where its template shows no format that is known.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class EngineService:
         none = Toolbox()
         self._tools = tools if tools is not None else lambda: none
         self.hold = hold or HoldOptions()
-        self.conversations = Conversations(self.hold.max_known_ids, self.hold.max_held)
+        self.conversations = Conversations(max(1, self.hold.memory_bytes // 4), self.hold.max_held)
         self.is_draining = False
         self._names = tuple(model_names)
         self._make_parser = make_parser
@@ -251,14 +252,16 @@ class EngineService:
             ],
         }
         known = KnownTurn(
-            ids=array("i", run.all_ids),
+            buffer=array("i", run.all_ids),
+            num_ids=len(run.all_ids),
             calls=run.open_calls,
             answers=dict(run.answers),
             ended_turn=run.has_ended_turn,
             request_id=turn.request_id if run.is_held else None,
             conversation=turn.hints.conversation,
         )
-        for request_id in self.conversations.remember(extend_digest(prompt.digests[-1], message), known):
+        digest = extend_digest(prompt.digests[-1], message)
+        for request_id in self.conversations.remember(digest, known, prompt.known):
             self.llm.abort(request_id)
 
     def _hold_s(self, turn: ChatTurn) -> float | None:
