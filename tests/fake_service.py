@@ -35,6 +35,8 @@ class FakeService:
     tool_choice asks for it; a chat whose last message is "server tool" has the server run one in its midst.
     """
 
+    UNCOMPILABLE = "(("
+
     def __init__(self, *, max_model_len: int = 64, delay_s: float = 0.0) -> None:
         self.model_names: Sequence[str] = ("fake", "alias")
         self.max_model_len = max_model_len
@@ -62,6 +64,10 @@ class FakeService:
                                param="prompt")  # fmt: skip
         if any(token_id >= VOCABULARY for token_id in ids):
             raise ServiceError(400, f"prompt: expected ids of 0 to {VOCABULARY - 1}", param="prompt")
+        structured = turn.params.structured
+        for kind in ("regex", "grammar"):
+            if structured is not None and getattr(structured, kind) == self.UNCOMPILABLE:
+                raise ServiceError(400, f"{kind}: cannot be compiled", param=kind)
         self.turns.append(turn)
         self.callers.append(caller)
         return self._play(turn, ids)

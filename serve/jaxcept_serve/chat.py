@@ -16,7 +16,7 @@ from jaxcept.scheduler.params import MAX_LOGPROBS
 from jaxcept_serve.api import HINT_FIELDS, MAX_NAME_CHARS, Api, all_fields, openai_usage
 from jaxcept_serve.client_tools import ToolLimits, read_function
 from jaxcept_serve.logprobs import chat_logprobs
-from jaxcept_serve.sampling import MAX_INT, SAMPLING_FIELDS, read_sampling
+from jaxcept_serve.sampling import MAX_INT, SAMPLING_FIELDS, UNSUPPORTED, constraints_asked, read_sampling
 from jaxcept_serve.sse import DONE, closing, event
 from jaxcept_serve.turn_chunks import TurnChunks, begin_turn
 from jaxcept_serve.turns import (
@@ -34,11 +34,15 @@ from jaxcept_serve.wire import Body, Field, as_object, as_text, bad, json_respon
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Finishes that OpenAI's clients know; ours are told as jaxcept_finish_reason beside "stop".
 KNOWN_REASONS = ("stop", "length", "tool_calls")
-_REFUSED = {
+_REFUSED = UNSUPPORTED | {
+    "chat_template": "templates are not taken from requests; the server's is set by --chat-template",
     "audio": "audio is not supported",
     "functions": "functions are not supported; use tools",
     "function_call": "function_call is not supported; use tool_choice",
     "mm_processor_kwargs": "the model takes text alone",
+    "web_search_options": "there is no web search",
+    "continue_final_message": "is not supported; use /v1/completions",
+    "echo": "is not supported; use /v1/completions",
     "documents": "documents are not supported; put them into a message",
 }
 _STREAM_OPTIONS = (
@@ -64,13 +68,13 @@ CHAT_FIELDS = all_fields(
         Field("top_logprobs", "integer", minimum=0, maximum=MAX_LOGPROBS),
         Field("add_generation_prompt", "boolean", default=True),
         Field("chat_template_kwargs", "object", "What the chat template reads further.", max_length=64),
-        Field("chat_template", "string", "Refused, unless the server is told to take it."),
         Field("max_tool_calls", "integer", "Most calls of the server's tools.", minimum=0, maximum=100_000),
         Field("user", "string", max_length=MAX_NAME_CHARS),
         Field("safety_identifier", "string", max_length=MAX_NAME_CHARS),
         Field("service_tier", "string", max_length=64),
         Field("metadata", "object", max_length=16),
         Field("store", "boolean"),
+        Field("modalities", "array", "text alone.", items=Field("", "string", nullable=False, choices=("text",))),
         Field("reasoning_effort", "string", max_length=64),
     ),
     SAMPLING_FIELDS,
@@ -86,8 +90,6 @@ def routes(api: Api) -> list[BaseRoute]:
 def read_turn(api: Api, request: Request, body: Body, values: Body) -> ChatTurn:
     """A chat request's turn. Raises ServiceError."""
     refuse_fields(body, _REFUSED)
-    if values["chat_template"] is not None and not api.options.allow_chat_template:
-        raise bad("chat_template", "templates are not taken from requests")
     kwargs = values["chat_template_kwargs"] or {}
     for name in ("chat_template", "messages", "tools", "add_generation_prompt"):
         if name in kwargs:
@@ -234,13 +236,14 @@ class ChatCompletions:
         model = api.check_model(values["model"])
         turn = read_turn(api, request, body, values)
         api.admit(turn.params.n)
+        constraint = next(iter(constraints_asked(values)), "response_format")
         if values["stream"]:
-            events = await begin_turn(api.service, turn, caller, "messages")
+            events = await begin_turn(api.service, turn, caller, "messages", constraint)
             chunks = self._chunks(events, turn, model, values["stream_options"] or {})
             return api.stream(request, TurnChunks(chunks, events))
 
         async def whole() -> Body:
-            async with closing(await begin_turn(api.service, turn, caller, "messages")) as events:
+            async with closing(await begin_turn(api.service, turn, caller, "messages", constraint)) as events:
                 return await self._whole(events, turn, model)
 
         return json_response(await api.collect(request, whole()))

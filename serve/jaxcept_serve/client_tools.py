@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxcept.scheduler.params import SamplingParams
+from jaxcept.scheduler.params import StructuredOutput
 from jaxcept_serve.wire import as_object, as_text, bad, shown, to_json
 
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
@@ -64,16 +64,20 @@ def constrained_to_schema(schema: Any, path: str, max_bytes: int) -> dict[str, A
     """Fields of SamplingParams for text that is to match a JSON schema. Raises ServiceError 400."""
     if len(to_json(as_object(schema, path))) > max_bytes:
         raise bad(path, f"expected at most {max_bytes} bytes")
-    return constrained({"json": schema}, path)
+    return constrained(path, json_schema=schema)
 
 
 def constrained_to_json(path: str) -> dict[str, Any]:
     """Fields of SamplingParams for text that is to be a JSON object. Raises ServiceError 400."""
-    return constrained({"json": {"type": "object"}}, path)
+    return constrained(path, json_object=True)
 
 
-def constrained(value: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Fields of SamplingParams for text that is to match one of json, regex, choice, grammar. ServiceError 400."""
-    if "structured" not in SamplingParams.__dataclass_fields__:
-        raise bad(path, "constrained output is not available")
-    return {"structured": value}
+def constrained(path: str, **constraint: Any) -> dict[str, Any]:
+    """Fields of SamplingParams for text that is to match a constraint, by a StructuredOutput's field. ServiceError 400.
+
+    Whether it can be compiled is found out where the request is added.
+    """
+    try:
+        return {"structured": StructuredOutput(**constraint)}
+    except ValueError as error:
+        raise bad(path, str(error)) from None

@@ -16,12 +16,13 @@ from starlette.routing import BaseRoute, Route
 from jaxcept.scheduler.params import MAX_LOGPROBS, MAX_N
 from jaxcept_serve.api import HINT_FIELDS, MAX_NAME_CHARS, Api, all_fields, openai_usage
 from jaxcept_serve.logprobs import completion_logprobs
-from jaxcept_serve.sampling import MAX_INT, SAMPLING_FIELDS, read_sampling
+from jaxcept_serve.sampling import MAX_INT, SAMPLING_FIELDS, UNSUPPORTED, constraints_asked, read_sampling
 from jaxcept_serve.sse import DONE, closing, event
+from jaxcept_serve.turn_chunks import retold
 from jaxcept_serve.turns import Caller, PromptTurn, ServiceError, TextDelta, TurnDone, TurnEvent, TurnFinished, Usage
 from jaxcept_serve.wire import Body, Field, as_token_ids, bad, json_response, read_fields, refuse_fields, shown
 
-_REFUSED = {"suffix": "insertion is not supported", "prompt_embeds": "the model takes text and token ids alone"}
+_REFUSED = UNSUPPORTED | {"suffix": "insertion is not supported"}
 _STREAM_OPTIONS = (Field("include_usage", "boolean", default=False), Field("continuous_usage_stats", "boolean"))
 MAX_PROMPT_IDS = 1 << 22
 
@@ -84,6 +85,7 @@ class _Ask:
     logprobs: int | None
     only_echo: bool
     tells_usage: bool
+    constraint: str  # the field of it
 
     @property
     def n(self) -> int:
@@ -108,7 +110,7 @@ class Completions:
         if values["stream"]:
             if ask.echo:
                 raise bad("echo", "expected stream to be false with it")
-            started = await self._start(ask.turns, caller)
+            started = await self._start(ask, caller)
             return api.stream(request, _Closing(self._chunks(started, ask), started))
         return json_response(await api.collect(request, self._whole(ask, caller)))
 
@@ -134,23 +136,34 @@ class Completions:
         ]
         tells_usage = bool((values["stream_options"] or {}).get("include_usage"))
         model = api.check_model(values["model"])
-        return _Ask(turns, f"cmpl-{request_id}", model, values["echo"], values["logprobs"], only_echo, tells_usage)
+        return _Ask(
+            turns=turns,
+            request_id=f"cmpl-{request_id}",
+            model=model,
+            echo=values["echo"],
+            logprobs=values["logprobs"],
+            only_echo=only_echo,
+            tells_usage=tells_usage,
+            constraint=next(iter(constraints_asked(values)), "response_format"),
+        )
 
-    async def _start(self, turns: Sequence[PromptTurn], caller: Caller) -> list[AsyncIterator[TurnEvent]]:
+    async def _start(self, ask: _Ask, caller: Caller) -> list[AsyncIterator[TurnEvent]]:
         """All of them, or none."""
         started: list[AsyncIterator[TurnEvent]] = []
         try:
-            for turn in turns:
+            for turn in ask.turns:
                 started.append(await self._api.service.complete(turn, caller))
-        except BaseException:
+        except BaseException as error:
             for events in started:
                 async with closing(events):
                     pass
+            if isinstance(error, ServiceError):
+                raise retold(error, "prompt", ask.constraint) from None
             raise
         return started
 
     async def _whole(self, ask: _Ask, caller: Caller) -> Body:
-        started = await self._start(ask.turns, caller)
+        started = await self._start(ask, caller)
         tasks = [asyncio.ensure_future(self._collect(events, ask, i)) for i, events in enumerate(started)]
         try:
             made = await asyncio.gather(*tasks)

@@ -31,15 +31,14 @@ class ServerOptions:
     api_keys: none leaves the server open. salt_secret: makes the cache salts of keys; b"" is one per process.
     allowed_hosts: names that a Host header may carry beside IP addresses; none is any (a page in a browser can point a
     name of its own at this machine). max_concurrent_per_key and requests_per_s (with bursts of `burst`) bound each
-    key. max_num_queued_reqs and max_num_queued_tokens bound what waits for the engine. allow_chat_template: take
-    templates from requests. retry_after_s: when to come again while draining or full.
+    key. max_num_queued_reqs and max_num_queued_tokens bound what waits for the engine.
+    retry_after_s: when to come again while draining or full.
     """
 
     api_keys: tuple[ApiKey, ...] = ()
     salt_secret: bytes = field(default=b"", repr=False)
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
-    allow_chat_template: bool = False
     max_body_bytes: int = 16 * MIB
     max_json_depth: int = 100
     header_timeout_s: float = 15.0

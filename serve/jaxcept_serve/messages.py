@@ -106,7 +106,7 @@ class Messages:
         ask = self._read(body, values, request)
         api.admit()
         if values["stream"]:
-            events = await begin_turn(api.service, ask.turn, caller, "messages")
+            events = await begin_turn(api.service, ask.turn, caller, "messages", "output_config.format")
             return api.stream(request, TurnChunks(self._stream(events, ask, caller), events))
         return json_response(await api.collect(request, self._whole(ask, caller)))
 
@@ -119,7 +119,9 @@ class Messages:
 
     async def _whole(self, ask: _Ask, caller: Caller) -> dict[str, Any]:
         builder = MessageBuilder(ask.turn.request_id, ask.model)
-        async with closing(await begin_turn(self._api.service, ask.turn, caller, "messages")) as events:
+        async with closing(
+            await begin_turn(self._api.service, ask.turn, caller, "messages", "output_config.format")
+        ) as events:
             async for turn_event in events:
                 builder.feed(turn_event)
         _check(builder)

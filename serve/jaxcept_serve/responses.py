@@ -87,7 +87,7 @@ class Responses:
         run = await self._read(read_fields(body, RESPONSE_FIELDS), request)
         api.admit()
         if run.values["stream"]:
-            events = await begin_turn(api.service, run.turn, run.caller, "input")
+            events = await begin_turn(api.service, run.turn, run.caller, "input", "text.format")
             return api.stream(request, TurnChunks(self._stream(run, events), events))
         return json_response(await api.collect(request, self._whole(run)))
 
@@ -205,7 +205,7 @@ class Responses:
         return previous
 
     async def _whole(self, run: _Run) -> dict[str, Any]:
-        async with closing(await begin_turn(self._api.service, run.turn, run.caller, "input")) as events:
+        async with closing(await begin_turn(self._api.service, run.turn, run.caller, "input", "text.format")) as events:
             async for turn_event in events:
                 run.builder.feed(turn_event)
         self._complete(run)

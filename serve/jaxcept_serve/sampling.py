@@ -15,6 +15,7 @@ from jaxcept.scheduler.params import (
 )
 from jaxcept_serve.client_tools import constrained, constrained_to_json, constrained_to_schema
 from jaxcept_serve.limits import ServerOptions
+from jaxcept_serve.turns import ServiceError
 from jaxcept_serve.wire import (
     Body,
     Field,
@@ -30,6 +31,7 @@ from jaxcept_serve.wire import (
 
 MAX_INT = 2**31 - 1
 MAX_CHOICES = 1024
+MAX_SCHEMA_DEPTH = 100
 MAX_REGEX_CHARS = 8192
 MAX_GRAMMAR_CHARS = 65_536
 
@@ -83,6 +85,17 @@ SAMPLING_FIELDS = (
     Field("guided_choice", "array", items=Field("", "string", nullable=False)),
     Field("guided_grammar", "string"),
 )  # fmt: skip
+# What changes the output and is not done: silence about it would be a lie.
+UNSUPPORTED = {
+    "use_beam_search": "beam search is not supported",
+    "bad_words": "is not supported; use logit_bias",
+    "allowed_token_ids": "is not supported; use guided_choice or logit_bias",
+    "logits_processors": "is not supported",
+    "truncate_prompt_tokens": "prompts are not truncated; send fewer tokens",
+    "prompt_embeds": "the model takes text and token ids alone",
+    "guided_whitespace_pattern": "is not supported; use guided_grammar",
+    "structural_tag": "is not supported; use guided_grammar",
+}
 _PLAIN = (
     "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
     "logit_bias", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens",
@@ -106,20 +119,19 @@ def read_sampling(
         raise from_value_error(error) from None
 
 
-def _structured(values: Body, options: ServerOptions) -> dict[str, Any]:
-    """What the output is constrained to, by whichever name it was asked for; one at most."""
-    asked = [
+def constraints_asked(values: Body) -> list[str]:
+    """The fields of a request that constrain its output."""
+    names = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+    return [
         name
-        for name in (
-            "response_format",
-            "structured_outputs",
-            "guided_json",
-            "guided_regex",
-            "guided_choice",
-            "guided_grammar",
-        )
+        for name in names
         if values[name] is not None and not (name == "response_format" and values[name].get("type") == "text")
     ]
+
+
+def _structured(values: Body, options: ServerOptions) -> dict[str, Any]:
+    """What the output is constrained to, by whichever name it was asked for; one at most."""
+    asked = constraints_asked(values)
     if len(asked) > 1:
         raise bad(asked[1], f"expected one constraint of the output, got {asked[0]} too")
     if not asked:
@@ -156,14 +168,17 @@ def _constraint(kind: str, value: Any, path: str, options: ServerOptions) -> dic
         choices = [as_text(text, f"{path}[{i}]") for i, text in enumerate(as_array(value, path, MAX_CHOICES))]
         if not choices:
             raise bad(path, "expected at least one choice")
-        return constrained({"choice": tuple(choices)}, path)
+        return constrained(path, choice=tuple(choices))
     limit = MAX_REGEX_CHARS if kind == "regex" else MAX_GRAMMAR_CHARS
     if not 0 < len(as_text(value, path)) <= limit:
         raise bad(path, f"expected a text of 1 to {limit} characters")
-    return constrained({kind: value}, path)
+    return constrained(path, **{kind: value})
 
 
 def _schema(value: Any, path: str) -> Any:
     if not isinstance(value, str):
         return value
-    return decode_body(value.encode("utf-8", "replace"), 100)
+    try:
+        return decode_body(value.encode(), MAX_SCHEMA_DEPTH)
+    except ServiceError as error:
+        raise bad(path, error.message) from None

@@ -7,26 +7,38 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 from jaxcept_serve.sse import closing
 from jaxcept_serve.turns import Caller, ChatTurn, Service, ServiceError, TurnEvent
+from jaxcept_serve.wire import bad
 
 _TOO_LONG = re.compile(r"prompt_ids has (\d+) ids: expected at most (\d+)")
+_CONSTRAINT_FIELDS = ("structured", "json_schema", "regex", "grammar", "choice")
 _PROMPT_FIELDS = ("prompt", "messages")
 
 
-async def begin_turn(service: Service, turn: ChatTurn, caller: Caller, prompt_field: str) -> AsyncIterator[TurnEvent]:
-    """Starts a turn; what is wrong with its prompt is told of the field that the API has it in.
-
-    A prompt that is too long is told in the words by which coding agents know that it is time to summarize.
-    """
+async def begin_turn(
+    service: Service, turn: ChatTurn, caller: Caller, prompt_field: str, constraint_field: str = "response_format"
+) -> AsyncIterator[TurnEvent]:
+    """Starts a turn; what is wrong with its prompt, or with what its output must match, is told of the field that the
+    API has it in."""
     try:
         return await service.chat(turn, caller)
     except ServiceError as error:
-        found = _TOO_LONG.search(error.message)
-        if found is not None:
-            text = f"{prompt_field}: prompt is too long: {found[1]} tokens > {found[2]} maximum"
-            raise ServiceError(400, text, param=prompt_field, code="context_length_exceeded") from None
-        if error.param in _PROMPT_FIELDS and error.param != prompt_field:
-            raise ServiceError(error.status, f"{prompt_field}: {error.message}", param=prompt_field) from None
-        raise
+        raise retold(error, prompt_field, constraint_field) from None
+
+
+def retold(error: ServiceError, prompt_field: str, constraint_field: str) -> ServiceError:
+    """The same error, of the field that an API has the prompt, or the constraint of the output, in.
+
+    A prompt that is too long is told in the words by which coding agents know that it is time to summarize.
+    """
+    found = _TOO_LONG.search(error.message)
+    if found is not None:
+        text = f"{prompt_field}: prompt is too long: {found[1]} tokens > {found[2]} maximum"
+        return ServiceError(400, text, param=prompt_field, code="context_length_exceeded")
+    if error.param in _PROMPT_FIELDS and error.param != prompt_field:
+        return ServiceError(error.status, f"{prompt_field}: {error.message}", param=prompt_field)
+    if error.param in _CONSTRAINT_FIELDS:
+        return bad(constraint_field, error.message, status=error.status)
+    return error
 
 
 class TurnChunks:
