@@ -44,7 +44,7 @@ from jaxcept_kernels.attention import Implementation
 from jaxcept_kernels.layout import KVLayout
 from jaxcept_models.config import ModelConfig
 from jaxcept_models.model import Model, outline_model
-from jaxcept_models.rope import RopeConfig
+from jaxcept_models.shapes import SHAPES
 from jaxcept_models.sharding import make_mesh
 
 ROOT = Path(__file__).parent.parent
@@ -58,30 +58,20 @@ EVERY_EMITTER = {"xla_dump_emitter_re": ".*"} if jax.__version_info__ >= (0, 11)
 
 
 class Served(NamedTuple):
-    """A model, how many devices share it, and the implementations to compile it with."""
+    """A well-known model, how many devices share it, and the implementations to compile it with."""
 
-    config: ModelConfig
+    shape: str
     num_devices: int
     implementations: tuple[Implementation, ...]
 
 
 BOTH = (Implementation.XLA, Implementation.PALLAS)
 MODELS = {
-    "gpt-j-6b": Served(
-        ModelConfig("GPTJForCausalLM", 28, 4096, 16, 16, 256, 16384, 50400, 2048, 1e-5, RopeConfig(10_000.0, 64)),
-        1,
-        BOTH,
-    ),
-    "llama-3-8b": Served(
-        ModelConfig("LlamaForCausalLM", 32, 4096, 32, 8, 128, 14336, 128256, 8192, 1e-5, RopeConfig(500_000.0, 128)),
-        1,
-        BOTH,
-    ),
-    "llama-3-70b": Served(
-        ModelConfig("LlamaForCausalLM", 80, 8192, 64, 8, 128, 28672, 128256, 8192, 1e-5, RopeConfig(500_000.0, 128)),
-        4,
-        (Implementation.PALLAS,),
-    ),
+    "gpt-j-6b": Served("gpt-j-6b", 1, BOTH),
+    "llama-3-8b": Served("llama-3-8b", 1, BOTH),
+    "vicuna-13b": Served("vicuna-13b", 1, (Implementation.PALLAS,)),
+    "vicuna-13b on 2": Served("vicuna-13b", 2, (Implementation.PALLAS,)),
+    "llama-3-70b": Served("llama-3-70b", 4, (Implementation.PALLAS,)),
 }
 
 
@@ -131,7 +121,7 @@ def blocks_that_fit(model: Model, devices: Devices) -> int:
 
 def programs_of(name: str, layers: int | None, implementation: Implementation, devices: Devices) -> Iterator[Program]:
     """What serving this model runs, at its largest sizes: all with Pallas, a mixed step and the moves with XLA."""
-    config = MODELS[name].config
+    config = SHAPES[MODELS[name].shape]
     num_blocks = blocks_that_fit(make_model(config, implementation, devices), devices)
     model = make_model(replace(config, num_layers=layers or config.num_layers), implementation, devices)
     runner = make_runner(model, num_blocks, devices)
@@ -142,7 +132,9 @@ def programs_of(name: str, layers: int | None, implementation: Implementation, d
     for what, _, lower in runner.lowerings():
         if what in wanted:
             writes = what.startswith(("step", "swap in", "copy"))
-            yield compile_program(Task(name, f"{what} {implementation}", runner.layout, writes, lower), devices)
+            yield compile_program(
+                Task(MODELS[name].shape, f"{what} {implementation}", runner.layout, writes, lower), devices
+            )
 
 
 def kernel_programs(devices: Devices) -> Iterator[Program]:

@@ -7,7 +7,7 @@ to what XLA's buffer assignment says of the compiled programs (`memory_analysis`
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,11 @@ def num_params(config: ModelConfig) -> int:
 
 
 def _num_params(part: ModelConfig, parallel: Parallel) -> int:
+    one, two = (_count(replace(part, num_layers=layers), parallel) for layers in (1, 2))
+    return one + (part.num_layers - 1) * (two - one)  # layers are alike
+
+
+def _count(part: ModelConfig, parallel: Parallel) -> int:
     module = ARCHITECTURES[part.architecture].module
-    dtype = jnp.dtype(jnp.bfloat16)
-    made = nnx.eval_shape(lambda: module(part, dtype, Implementation.XLA, parallel))
+    made = nnx.eval_shape(lambda: module(part, jnp.dtype(jnp.bfloat16), Implementation.XLA, parallel))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(made)))

@@ -1,0 +1,163 @@
+"""What `jaxcept plan` says, against compiled programs and against published sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+from checkpoints import build_checkpoint
+
+from jaxcept.capacity import Plan, Sizes, default_max_model_len, parse_devices, plan_capacity
+from jaxcept.runner.runner import DeviceRunner, RunnerConfig
+from jaxcept.simulator.rooflines import A100_80GB, GPTJ_6B, LLAMA_3_70B, LLAMA_31_8B, VICUNA_13B
+from jaxcept_kernels.attention import Implementation
+from jaxcept_models.config import ModelConfig
+from jaxcept_models.footprint import Footprint, num_params
+from jaxcept_models.model import load_model
+from jaxcept_models.shapes import SHAPES
+from jaxcept_models.sharding import make_mesh, share
+from jaxcept_serve.cli import main
+
+COMPILED = Path(__file__).parent.parent / "benchmarks" / "results" / "gpu-offline.json"
+BFLOAT16 = jnp.dtype(jnp.bfloat16)
+SIZES = Sizes(256, 2048, 4096)
+
+
+def footprint(model: str, num_devices: int, implementation: str = "pallas", data: int = 1) -> Footprint:
+    config = SHAPES[model]
+    return Footprint(config, share(config, num_devices, data), BFLOAT16, Implementation(implementation))
+
+
+def head_bytes(here: Footprint) -> int:
+    """The matrix of the logits, and a bias: no argument of a step."""
+    part: ModelConfig = here.part
+    has_bias = part.architecture == "GPTJForCausalLM"
+    return (part.hidden_size + has_bias) * part.vocab_size * 2
+
+
+def compiled() -> list[Any]:
+    """Models' steps and draws as they were compiled for GPUs; kernels by themselves have no model."""
+    rows = [row for row in json.loads(COMPILED.read_text()) if row["model"] in SHAPES]
+    return [
+        pytest.param(row, id="-".join(str(row[key]) for key in ("jax", "target", "model", "num_devices", "what")))
+        for row in rows
+        if row["what"].startswith(("step 1024", "sample 128 full"))
+        and row["num_layers"] == SHAPES[row["model"]].num_layers
+    ]
+
+
+@pytest.mark.parametrize("row", compiled())
+def test_bytes_are_those_of_the_compiled_program(row: dict[str, Any]) -> None:
+    what, tokens, *_, implementation = row["what"].split()
+    here = footprint(row["model"], row["num_devices"], implementation)
+    peak = row["argument_bytes"] + row["output_bytes"] - row["alias_bytes"] + row["temp_bytes"]
+    if what == "sample":
+        assert here.draw_bytes(int(tokens)) == pytest.approx(row["temp_bytes"], rel=0.03)
+        return
+    assert row["alias_bytes"] == row["pool_bytes"] > 0 and row["pool_bytes"] % here.block_bytes(16) == 0
+    ours = here.weight_bytes - head_bytes(here) + row["pool_bytes"] + here.step_bytes(int(tokens))
+    assert ours + here.result_bytes(int(tokens), 128) == pytest.approx(peak, rel=0.03)
+    # Not more than estimated, or little: memory that was promised is there.
+    assert row["temp_bytes"] < 1.05 * here.step_bytes(int(tokens))
+
+
+def test_the_compiled_programs_cover_several_devices() -> None:
+    seen = {(param.values[0]["model"], param.values[0]["num_devices"]) for param in compiled()}
+    assert {("gpt-j-6b", 1), ("llama-3-8b", 1), ("llama-3-70b", 4), ("vicuna-13b", 1), ("vicuna-13b", 2)} <= seen
+
+
+@pytest.mark.parametrize(
+    ("model", "published"),
+    [("gpt-j-6b", GPTJ_6B), ("vicuna-13b", VICUNA_13B), ("llama-3-8b", LLAMA_31_8B), ("llama-3-70b", LLAMA_3_70B)],
+)
+def test_parameters_are_the_published_ones(model: str, published: Any) -> None:
+    assert num_params(SHAPES[model]) == published.num_params
+    assert footprint(model, 1).block_bytes(1) == published.kv_token_bytes
+
+
+@pytest.mark.parametrize(("tensor", "data"), [(1, 1), (4, 1), (8, 1), (2, 2)])
+def test_a_loaded_model_takes_what_was_planned(tmp_path: Path, tensor: int, data: int) -> None:
+    saved = build_checkpoint("llama31", tmp_path, num_attention_heads=8, num_hidden_layers=1)
+    model = load_model(saved, dtype="float32", mesh=make_mesh(tensor, data))
+    here = Footprint(model.config, share(model.config, tensor, data), model.dtype, model.implementation)
+    assert here.weight_bytes == sum(weight.addressable_shards[0].data.nbytes for weight in model.weights)
+    runner = DeviceRunner(model, RunnerConfig(8, 16, 4, 16, 64))
+    assert 8 * here.block_bytes(16) == sum(part.addressable_shards[0].data.nbytes for part in runner._pool)
+
+
+def plan(model: str, devices: str, data: int = 1, **changes: Any) -> Plan:
+    sizes = {"max_num_seqs": 256, "max_num_batched_tokens": 2048, "max_model_len": 2048} | changes
+    return plan_capacity(model, devices, data, Sizes(**sizes))
+
+
+def test_memory_adds_up_and_more_devices_hold_more() -> None:
+    one, two = (plan("vicuna-13b", devices).memory for devices in ("A100-80GB", "2xA100-80GB"))
+    for memory in (one, two):
+        taken = memory.weight_bytes + memory.workspace_bytes + memory.staging_bytes + memory.pool_bytes
+        assert 0 <= memory.usable_bytes - taken < memory.block_bytes
+        assert memory.usable_bytes == 72e9 and memory.num_tokens == 16 * memory.num_blocks
+    assert two.block_bytes * 2 == one.block_bytes
+    assert two.num_tokens > 2.5 * one.num_tokens
+    spread = plan("llama-3-70b", "16xA100-80GB").memory  # eight KV heads: each on two devices
+    assert spread.block_bytes == plan("llama-3-70b", "8xA100-80GB").memory.block_bytes
+
+
+def test_groups_shorten_steps_and_hold_no_more() -> None:
+    one, groups = plan("llama-3-8b", "2xH100-80GB"), plan("llama-3-8b", "4xh100-80gb", 2)
+    assert (groups.tensor, groups.data) == (2, 2)
+    assert groups.memory.weight_bytes == one.memory.weight_bytes
+    assert groups.memory.num_tokens == pytest.approx(one.memory.num_tokens, rel=0.01)
+    assert groups.steps[-1].what == "prefill" and groups.steps[-1].seconds < 0.6 * one.steps[-1].seconds
+
+
+def test_a_decode_reads_the_weights_and_contexts_once() -> None:
+    alone = plan("llama-3-8b", "a100-80gb").steps
+    weights = 2 * num_params(SHAPES["llama-3-8b"])
+    assert alone[0].what == "decode" and alone[0].tokens == 1
+    assert alone[0].seconds > weights / A100_80GB.bandwidth
+    assert alone[1].seconds < 1.1 * alone[0].seconds  # eight sequences cost little more than one
+    assert [step.fits for step in alone] == [step.context_tokens <= plan("llama-3-8b", "a100-80gb").memory.num_tokens
+                                             for step in alone]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "devices", "data", "message"),
+    [
+        ("llama-3-70b", "A100-80GB", 1, "llama-3-70b does not fit 1 x A100-SXM4-80GB: weights take 141.1 GB"),
+        ("llama-3-70b", "3xA100-80GB", 1, "tensor=3: .*sizes that work: 1, 2, 4, 8, 16, 32, 64"),
+        ("llama-3-70b", "4xA100", 1, "devices=4xA100: expected a number, x and one of a100-40gb"),
+        ("llama-3-70b", "0xA100-80GB", 1, "devices=0xA100-80GB"),
+        ("llama-3-70b", "4xA100-80GB", 3, "data=3: expected a divisor of the 4 devices"),
+    ],
+)
+def test_what_cannot_be_is_refused(model: str, devices: str, data: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(model, devices, data)
+
+
+def test_devices_are_parsed() -> None:
+    assert parse_devices("4xA100-80GB") == (4, A100_80GB) and parse_devices(" a100-80gb ") == (1, A100_80GB)
+    assert default_max_model_len("gpt-j-6b") == 2048 and default_max_model_len("llama-3-8b") == 4096
+    with pytest.raises(ValueError, match="context=0"):
+        Sizes(1, 1, 1, context=0)
+
+
+def test_the_command_prints_tables_and_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["plan", "llama-3-70b", "--devices", "4xA100-80GB"]) == 0
+    text = capsys.readouterr().out
+    assert "llama-3-70b, 70.55e9 parameters, on 4 x A100-SXM4-80GB (tensor 4, data 1)" in " ".join(text.split())
+    assert "35.28" in text and "Swap budget" in text
+    saved = build_checkpoint("gptj", tmp_path)
+    assert main(["plan", str(saved), "--devices", "h200-141gb", "--json", "--max-model-len", "512"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    memory = told["memory"]
+    assert told["pool_bytes"] == memory["num_blocks"] * memory["block_bytes"] > 0.8 * memory["usable_bytes"]
+    assert [step["what"] for step in told["steps"]].count("decode") == 6
+    assert main(["plan", "nothing-13b", "--devices", "h200-141gb"]) == 2
+    assert "neither a folder with config.json nor one of gpt-j-6b" in capsys.readouterr().err
