@@ -95,6 +95,10 @@ class TextWatcher:
                 return Verdict("intercept", hit, None)
         return None
 
+    def mask(self) -> bytes | None:
+        """Which tokens may come next, None where all may: see Watcher."""
+        return None
+
     def end_of_turn(self) -> Verdict | None:
         """The model generated a stop token: an interception if its turn holds tool calls."""
         if self._parser is not None:

@@ -8,7 +8,7 @@ tokens.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,7 +23,7 @@ from jaxcept.scheduler.policies.preserve import Preserve
 from jaxcept.scheduler.policy import Policy
 from jaxcept.scheduler.request import Request
 from jaxcept.scheduler.scheduler import Scheduler
-from jaxcept.scheduler.watcher import Verdict
+from jaxcept.scheduler.watcher import REJECT, Verdict
 
 VOCAB = 251
 T = TypeVar("T")
@@ -32,6 +32,27 @@ T = TypeVar("T")
 def next_token(ids: Sequence[int], seed: int = 0) -> int:
     """The fake model: sum over positions of (position + 1) * (id + 1), plus the seed."""
     return (sum(i * (token_id + 1) for i, token_id in enumerate(ids, 1)) + seed) % VOCAB
+
+
+def next_masked(ids: Sequence[int], seed: int, allowed: Collection[int] | None) -> int:
+    """The fake model under a mask: the first allowed token from the one that it would draw."""
+    token_id = next_token(ids, seed)
+    while allowed is not None and token_id not in allowed:
+        token_id = (token_id + 1) % VOCAB
+    return token_id
+
+
+def allowed_after(last: int | None, masks: Sequence[int] | None) -> frozenset[int] | None:
+    """Which tokens may follow this one in a turn, None where all may. masks: every how many tokens there is a mask, and
+    whether a turn begins with one."""
+    if masks is None or (last is None and not masks[1]) or (last is not None and last % masks[0]):
+        return None
+    return frozenset(i for i in range(VOCAB) if i % 7 == (last or 0) % 5)
+
+
+def bits_of(allowed: Collection[int]) -> bytes:
+    """As a plan carries it."""
+    return sum(1 << i for i in allowed).to_bytes(4 * -(-VOCAB // 32), "little")
 
 
 class Entry(NamedTuple):
@@ -190,9 +211,15 @@ class FakeRunner:
     def _draw(self, plan: StepPlan, entries: list[Entry], seen: list[list[int]]) -> StepResult:
         token_ids: list[int] = []
         logprobs: dict[int, TokenLogprobs] = {}
+        masks = {row: int.from_bytes(bits, "little") for row, bits in plan.masks}
+        assert set(masks) <= {row for _, row, _, _, samples in entries if samples}, (
+            "a mask for a row that draws nothing"
+        )
         for (_, row, _, _, samples), ids in zip(entries, seen, strict=True):
             if samples:
-                token_id = next_token(ids, self.seeds[row])
+                mask = masks.get(row)
+                allowed = None if mask is None else {i for i in range(VOCAB) if mask >> i & 1}
+                token_id = next_masked(ids, self.seeds[row], allowed)
                 if self.wants[row][0]:
                     logprobs[len(token_ids)] = TokenLogprobs(-1.0, token_id + 1, ())
                 token_ids.append(token_id)
@@ -213,12 +240,20 @@ class FakeWatcher:
     calls: frozenset[int] = frozenset()
     turn_calls: bool = False  # whether the end of a turn is an interception
     raises_on: frozenset[int] = frozenset()
+    masks: Sequence[int] | None = None  # see allowed_after
+    rejected: int = 0
+    last: int | None = None
     pushed: list[int] = field(default_factory=list)
     given: list[tuple[int, ...]] = field(default_factory=list)
     finished: int = 0
 
     def push(self, token_id: int) -> Verdict | None:
         assert not self.finished, "a token after the end"
+        allowed = allowed_after(self.last, self.masks)
+        if allowed is not None and token_id not in allowed:
+            self.rejected += 1
+            return REJECT
+        self.last = token_id
         self.pushed.append(token_id)
         if token_id in self.raises_on:
             raise KeyError(token_id)
@@ -226,11 +261,16 @@ class FakeWatcher:
             return Verdict("intercept", "lookup", {"id": token_id})
         return Verdict("stop", f"<{token_id}>") if token_id in self.stops else None
 
+    def mask(self) -> bytes | None:
+        allowed = allowed_after(self.last, self.masks)
+        return None if allowed is None else bits_of(allowed)
+
     def end_of_turn(self) -> Verdict | None:
         return Verdict("intercept", "turn") if self.turn_calls else None
 
     def returned(self, token_ids: Sequence[int]) -> None:
         self.given.append(tuple(token_ids))
+        self.last = None
 
     def finish(self) -> None:
         self.finished += 1

@@ -61,6 +61,7 @@ def requests(draw: st.DrawFn, max_len: int) -> Workload:
             "calls": draw(trigger_ids),
             "turn_calls": draw(st.booleans()),
             "raises_on": draw(st.lists(st.integers(0, VOCAB - 1), max_size=2)),
+            "masks": draw(st.sampled_from([None, None, [1, 1], [2, 0], [3, 1], [9, 0]])),
         }
     intercept = {
         "token_ids": draw(trigger_ids),

@@ -26,7 +26,7 @@ from jaxcept.scheduler.policies.preserve import Preserve
 from jaxcept.scheduler.policy import BatchView, HostUse, InterceptedView, Placement, Policy, Traits
 from jaxcept.scheduler.request import Request
 from jaxcept.scheduler.scheduler import Scheduler, StateError
-from tests.fakes import VOCAB, FakeRunner, FakeWatcher, next_token
+from tests.fakes import VOCAB, FakeRunner, FakeWatcher, allowed_after, next_masked
 
 Workload = dict[str, Any]
 
@@ -110,6 +110,7 @@ def make_request(number: int, spec: Workload, watchers: dict[tuple[int, int], Fa
             calls=frozenset(spec["watch"]["calls"]),
             turn_calls=spec["watch"]["turn_calls"],
             raises_on=frozenset(spec["watch"]["raises_on"]),
+            masks=spec["watch"].get("masks"),
         )
         return watchers[number, index]
 
@@ -139,6 +140,7 @@ def busy_workload(seed: int) -> Workload:
     num_blocks = rng.randint(10, 40) * 4 // block_size
     max_len = min(64, num_blocks * block_size)
     requests = []
+    masked = {"stops": [], "calls": [], "turn_calls": False, "raises_on": [], "masks": [1 + seed % 4, seed % 2]}
     for _ in range(rng.randint(3, 10)):
         length = rng.randint(1, max_len // 2)
         first = rng.choice((0, 0, rng.randrange(VOCAB)))  # many prompts begin alike
@@ -160,7 +162,7 @@ def busy_workload(seed: int) -> Workload:
                 },
                 "eos": [],
                 "salt": rng.choice(("", "", "other")),
-                "watch": None,
+                "watch": masked if seed % 3 == 0 else None,
                 "abort_at": rng.choice((None, None, None, rng.randint(1, 30))),
                 "answers": answers,
             }
@@ -354,11 +356,13 @@ def expected_end(
     ids, num_output = list(request.prompt_ids), 0
     records = list(event.interceptions)
     count, since = 0, 0
+    last: int | None = None  # token of the turn
+    masks = (spec["watch"] or {}).get("masks")
     max_tokens = request.params.max_tokens or 10**9
     while True:
         if event.reason is FinishReason.ABORT and len(ids) == len(event.token_ids) and count == len(records):
             return ids, FinishReason.ABORT
-        token_id = next_token(ids, request.seed(event.index))
+        last = token_id = next_masked(ids, request.seed(event.index), allowed_after(last, masks))
         ids.append(token_id)
         num_output, since = num_output + 1, since + 1
         ruling = _expected_ruling(
@@ -376,7 +380,7 @@ def expected_end(
         if ruling:
             record = records[count]
             assert record.context_tokens == len(ids) and record.index == count and record.tool == ruling
-            count, since = count + 1, 0
+            count, since, last = count + 1, 0, None
             if record.outcome is Outcome.ABORTED:
                 return ids, FinishReason.ABORT
             ending = _expected_return(number=number, spec=spec, event=event, record=record, ids=ids, config=config)

@@ -108,6 +108,7 @@ class Book:
         self.decoding = ArrivalQueue()
         self.intercepted: dict[int, Sequence] = {}
         self.holders: dict[int, Sequence] = {}
+        self.masked: dict[int, Sequence] = {}  # those of which not any token may come next
         self.unplaced: list[Sequence] = []  # intercepted with blocks, and the policy was not asked yet
         self.free_rows = list(range(config.max_num_seqs))
         heapify(self.free_rows)
@@ -167,6 +168,26 @@ class Book:
         seq.is_decoding = True
         self.decoding.add(seq)
 
+    def retry(self, seq: Sequence, now: float) -> None:
+        """A sequence whose last token was rejected → WAITING; it keeps its blocks."""
+        if seq.state is SeqState.RUNNING:
+            self.wait(seq, now)
+            if seq.blocks:
+                self.holders[seq.seq_id] = seq
+
+    def mask(self, seq: Sequence) -> None:
+        """Asks the sequence's watcher which tokens may come next; raises what it raises."""
+        seq.mask = seq.watcher.mask() if seq.watcher is not None else None
+        if seq.mask is not None:
+            self.masked[seq.seq_id] = seq
+        else:
+            self.masked.pop(seq.seq_id, None)
+
+    @property
+    def awaits_masked(self) -> bool:
+        """Whether a sequence can only go on once the token that it draws in a submitted step is known."""
+        return any(seq.num_pending and seq.is_decoding for seq in self.masked.values())
+
     def intercept(self, seq: Sequence) -> None:
         """RUNNING, or WAITING after a preemption → INTERCEPTED."""
         self._leave(seq)
@@ -187,6 +208,7 @@ class Book:
         assert not seq.blocks, f"sequence {seq.seq_id} finishes with blocks"
         self._leave(seq)
         self.holders.pop(seq.seq_id, None)
+        self.masked.pop(seq.seq_id, None)
         seq.state = SeqState.FINISHED
         del self.sequences[seq.seq_id]
         seq.family.sequences.remove(seq)

@@ -25,6 +25,8 @@ def check_all(book: Book, memory: ContextMemory, swaps: Swaps, flights: Iterable
         _check_counts(seq, memory)
         _check_pending(seq, flights)
         _check_writable(seq, memory)
+        assert (seq.mask is not None) == (seq.seq_id in book.masked), f"sequence {seq.seq_id}: masked disagrees"
+    assert set(book.masked) <= set(book.sequences), "a finished sequence is masked"
     _check_digests(book, memory)
     assert not memory.moves, "block moves are planned and in no plan"
 

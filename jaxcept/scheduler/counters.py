@@ -18,6 +18,7 @@ class Counters:
     recomputed_tokens: int = 0
     stale_tokens: int = 0  # drawn for a sequence that had ended or was intercepted meanwhile
     generated_tokens: int = 0
+    rejected_tokens: int = 0  # drawn before the mask that forbids them was known, and drawn again
     preemptions: int = 0
     interceptions: int = 0
     swapped_out_blocks: int = 0

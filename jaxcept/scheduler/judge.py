@@ -25,14 +25,21 @@ class Call(NamedTuple):
     hold_s: float | None = None  # the sequence ends if nothing comes so long
 
 
-def judge(seq: Sequence, token_id: int, max_len: int) -> End | Call | None:
+class Reject(NamedTuple):
+    """The token is taken back."""
+
+
+def judge(seq: Sequence, token_id: int, max_len: int) -> End | Call | Reject | None:
     """The ruling on the token appended last.
 
-    In order: interception token ids, stop token ids, the watcher, the scripted trigger, max_tokens, the model's
-    length. No stop counts before min_tokens; an interception is no stop. The watcher sees every token first.
+    In order: the watcher's mask, interception token ids, stop token ids, the watcher, the scripted trigger, max_tokens,
+    the model's length. No stop counts before min_tokens; an interception is no stop. The watcher sees every token
+    first.
     """
     watcher = seq.watcher
     verdict = watcher.push(token_id) if watcher is not None else None
+    if verdict is not None and verdict.kind == "reject":
+        return Reject()
     ruling = _ruling(seq, token_id, verdict, max_len)
     is_bounded = isinstance(ruling, Call) and ruling.hold_s is None
     if is_bounded and seq.num_interceptions - seq.num_foreign >= seq.request.intercept.max_interceptions:

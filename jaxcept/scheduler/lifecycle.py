@@ -12,7 +12,7 @@ from jaxcept.scheduler.border import StateError
 from jaxcept.scheduler.durations import DurationEstimator
 from jaxcept.scheduler.events import Finished, FinishReason, Intercepted, Returned, Timing
 from jaxcept.scheduler.interception import OpenInterception, Outcome
-from jaxcept.scheduler.judge import Call, End, judge
+from jaxcept.scheduler.judge import Call, End, Reject, judge
 from jaxcept.scheduler.memory import ContextMemory
 from jaxcept.scheduler.params import OnToolFailure
 from jaxcept.scheduler.planner import Flight
@@ -47,10 +47,27 @@ class Lifecycle:
         self._deadlines: list[tuple[float, int]] = []  # a heap of (time, seq_id)
         self._ended: OrderedDict[int | str, FinishReason] = OrderedDict()  # by seq_id and by request_id
 
-    def rule(self, seq: Sequence, token_id: int, now: float) -> None:
-        """Does what the generated token asks for. A watcher that raises ends its own sequence alone."""
+    def begin(self, seq: Sequence, now: float) -> None:
+        """A sequence has a watcher of its own from here on."""
+        if seq.watcher is not None:
+            try:
+                self._book.mask(seq)
+            except Exception:
+                logger.exception("the watcher of sequence %d (%s) failed", seq.seq_id, seq.request.request_id)
+                self.finish(seq, FinishReason.ERROR, now)
+
+    def rule(self, seq: Sequence, token_id: int, now: float) -> bool:
+        """Does what the generated token asks for; whether it stays. A watcher that raises ends its own sequence alone.
+
+        A token drawn under the mask that forbids it is an error: it would be drawn for ever.
+        """
         try:
             ruling = judge(seq, token_id, self._config.max_len)
+            if isinstance(ruling, Reject):
+                self._reject(seq, now)
+                return False
+            if ruling is None and seq.watcher is not None:
+                self._book.mask(seq)
         except Exception:
             logger.exception("the watcher of sequence %d (%s) failed", seq.seq_id, seq.request.request_id)
             ruling = End(FinishReason.ERROR)
@@ -58,6 +75,19 @@ class Lifecycle:
             self.finish(seq, ruling.reason, now, ruling.stop_reason)
         elif isinstance(ruling, Call):
             self.intercept(seq, ruling, now)
+        return True
+
+    def _reject(self, seq: Sequence, now: float) -> None:
+        """The token appended last was never there: the one before it is computed again, and drawn after by the mask."""
+        if seq.rejected_at == len(seq.token_ids):
+            raise RuntimeError(f"token {seq.token_ids[-1]} was drawn though its mask forbids it")
+        seq.rejected_at = len(seq.token_ids)
+        seq.token_ids.pop()
+        self._drop_pending(seq)
+        self._memory.truncate(seq, self._config.blocks_for(seq.num_computed))
+        if not seq.num_output:
+            seq.first_token_at = None
+        self._book.retry(seq, now)
 
     def finish(self, seq: Sequence, reason: FinishReason, now: float, stop_reason: int | str | None = None) -> None:
         """Any state → FINISHED."""
@@ -128,6 +158,7 @@ class Lifecycle:
         if seq.watcher is not None:
             try:
                 seq.watcher.returned(token_ids)
+                self._book.mask(seq)
             except Exception:
                 logger.exception("the watcher of sequence %d failed on returned ids", seq.seq_id)
                 self.finish(seq, FinishReason.ERROR, now)
@@ -163,6 +194,7 @@ class Lifecycle:
         seq.serve(family, now, self._config.max_len)
         seq.key = (family.request.rank(now if self._requeues_at_tail else seq.arrival), seq.seq_id)
         self._book.wait(seq, now)
+        self.begin(seq, now)
         return ended
 
     def fail(self, seq: Sequence, outcome: Outcome, reason: FinishReason, now: float) -> None:

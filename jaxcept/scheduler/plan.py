@@ -67,6 +67,14 @@ class RowSetup(NamedTuple):
     stop_token_ids: tuple[int, ...]  # not drawn before params.min_tokens tokens are generated
 
 
+class Mask(NamedTuple):
+    """The row's draw in this step is one of these tokens: bit i % 32 of the little-endian uint32 word i // 32 for token
+    i; ids past the end of `bits` are not drawn."""
+
+    row: int
+    bits: bytes
+
+
 class MoveKind(StrEnum):
     """Where a block's content goes; in a plan the kinds stand in this order."""
 
@@ -110,6 +118,7 @@ class StepPlan:
     rows: tuple[RowSetup, ...]
     moves: tuple[BlockMove, ...]
     waits_for_swaps: bool = False  # whether the device finishes the swaps of this plan before it computes
+    masks: tuple[Mask, ...] = ()  # of rows that draw in this step; any token may be drawn for the others
 
     @property
     def num_tokens(self) -> int:

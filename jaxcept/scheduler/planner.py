@@ -28,7 +28,7 @@ from typing import NamedTuple
 from jaxcept.scheduler.book import Book
 from jaxcept.scheduler.events import Resumed
 from jaxcept.scheduler.memory import ContextMemory
-from jaxcept.scheduler.plan import Chunk, ChunkKind, Decodes, RowSetup, StepPlan, TableUpdate
+from jaxcept.scheduler.plan import Chunk, ChunkKind, Decodes, Mask, RowSetup, StepPlan, TableUpdate
 from jaxcept.scheduler.policy import Policy
 from jaxcept.scheduler.sequence import SeqState, Sequence
 from jaxcept.scheduler.swaps import Swaps
@@ -120,6 +120,7 @@ class Planner:
             rows=tuple(self._draft.setups),
             moves=moves,
             waits_for_swaps=self.traits.waits_for_swaps,
+            masks=_masks(seqs) if self.book.masked else (),
         )
         seq_ids = decodes.seq_ids if num_decodes == len(seqs) else plan.sampling_seq_ids
         return plan, Flight(self._draft.step_id, seqs, seq_ids, num_decodes, set())
@@ -412,3 +413,8 @@ class Planner:
             self.learn(record)
             request_id = seq.request.request_id
             self.book.events.append(Resumed(seq.seq_id, request_id, seq.index, record, self._draft.now))
+
+
+def _masks(seqs: list[Sequence]) -> tuple[Mask, ...]:
+    """What the drawing sequences may draw, in their order."""
+    return tuple([Mask(seq.row, seq.mask) for seq in seqs if seq.mask is not None and seq.row is not None])

@@ -84,7 +84,10 @@ class Scheduler:
         self._book.families[request.request_id] = family
         for seq in family.sequences:
             self._book.admit(seq, now)
-        return tuple(seq.seq_id for seq in family.sequences)
+        seq_ids = tuple(seq.seq_id for seq in family.sequences)
+        for seq in list(family.sequences):
+            self._lifecycle.begin(seq, now)
+        return seq_ids
 
     def follow(self, target: int | str, request: Request, now: float) -> tuple[int, Finished]:
         """A request that goes on with the context of an intercepted sequence, which leaves its own request.
@@ -193,6 +196,8 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None where nothing can be computed until a result, an answer or a request comes in."""
         self._lifecycle.expire(now)
+        if self._book.masked and self._book.awaits_masked:
+            return None  # a step without those would only split the batch in two that take turns
         token_limit = None
         if self._book.intercepted or self._book.unplaced or self.swaps.is_in_use or not self.order.is_arrival:
             batch = self._batch_view(now)
@@ -233,9 +238,12 @@ class Scheduler:
             token_ids = tuple([token_ids[i] for i in live])
         if seqs:
             logprobs = _logprobs_by_seq(flight, result) if result.logprobs else {}
+            place = len(self._book.events)
             self._book.events.append(Tokens(plan.step_id, seq_ids, token_ids, logprobs, now))
             self.counters.generated_tokens += len(seqs)
-            self._append(seqs, token_ids, now)
+            rejected = self._append(seqs, token_ids, now)
+            if rejected:
+                self._take_back(place, rejected)
         return self.drain()
 
     def observe_step(self, seconds: float) -> None:
@@ -252,14 +260,34 @@ class Scheduler:
         """Asserts every invariant whole; for tests, it takes time in proportion to everything there is."""
         check_all(self._book, self.memory, self.swaps, self._flights)
 
-    def _append(self, seqs: list[Sequence], token_ids: tuple[int, ...], now: float) -> None:
-        """The hot loop: a sequence is judged only where the token or its place is special, or a watcher reads it."""
+    def _append(self, seqs: list[Sequence], token_ids: tuple[int, ...], now: float) -> set[int]:
+        """The hot loop: a sequence is judged only where the token or its place is special, or a watcher reads it.
+
+        Returns the seq_ids whose token was rejected.
+        """
+        rejected = set()
         for seq, token_id in zip(seqs, token_ids, strict=True):
             seq.num_pending -= 1
             known = seq.token_ids
             known.append(token_id)
-            if len(known) >= seq.stop_len or token_id in seq.special_ids or seq.watcher is not None:
-                self._lifecycle.rule(seq, token_id, now)
+            is_special = len(known) >= seq.stop_len or token_id in seq.special_ids or seq.watcher is not None
+            if is_special and not self._lifecycle.rule(seq, token_id, now):
+                rejected.add(seq.seq_id)
+        return rejected
+
+    def _take_back(self, place: int, rejected: set[int]) -> None:
+        """Nobody is told of rejected tokens."""
+        told = self._book.events[place]
+        assert isinstance(told, Tokens)
+        kept = [i for i, seq_id in enumerate(told.seq_ids) if seq_id not in rejected]
+        left = told._replace(
+            seq_ids=tuple([told.seq_ids[i] for i in kept]),
+            token_ids=tuple([told.token_ids[i] for i in kept]),
+            logprobs={seq_id: entry for seq_id, entry in told.logprobs.items() if seq_id not in rejected},
+        )
+        self._book.events[place : place + 1] = [left] if kept else []
+        self.counters.generated_tokens -= len(rejected)
+        self.counters.rejected_tokens += len(rejected)
 
     def _take_prompt_logprobs(self, plan: StepPlan, result: StepResult) -> None:
         for index, entries in sorted(result.prompt_logprobs.items()):

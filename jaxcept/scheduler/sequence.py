@@ -105,6 +105,7 @@ class Sequence:
         "key",
         "last_position",
         "load",
+        "mask",
         "max_computed",
         "num_cached",
         "num_computed",
@@ -118,6 +119,7 @@ class Sequence:
         "opened",
         "queue_key",
         "queued_at",
+        "rejected_at",
         "request",
         "row",
         "script_len",
@@ -160,6 +162,8 @@ class Sequence:
         self.chunk_step = -1  # the last step that computed a chunk of this sequence
         self.chunk_start = 0  # num_computed before it, 0 if it is the first one since the sequence took its row
 
+        self.mask: bytes | None = None  # of the token that follows token_ids, as its watcher says
+
         self.opened: OpenInterception | None = None
         self.attention = 0
         self.serve(family, arrival, max_len)
@@ -178,6 +182,7 @@ class Sequence:
         self.token_ids = list(request.prompt_ids)
         self.num_prompt = len(self.token_ids)
         self.num_returned = 0
+        self.rejected_at = -1  # len(token_ids) where a token was rejected last
         self.is_open = request.is_open  # more is to come before it generates
         self.num_foreign = int(self.opened is not None)  # interceptions that no trigger of the request began
         self.spans: list[tuple[int, int]] = []  # runs of generated tokens, up to the last return

@@ -9,17 +9,28 @@ from typing import Literal, NamedTuple, Protocol
 class Verdict(NamedTuple):
     """What a watcher wants done with its sequence after the last token."""
 
-    kind: Literal["stop", "intercept"]
-    reason: str  # the stop string that matched, or the tools that are called
+    kind: Literal["stop", "intercept", "reject"]
+    reason: str = ""  # the stop string that matched, or the tools that are called
     payload: object | None = None  # handed on in the Intercepted event: the parsed calls, say
     hold_s: float | None = None  # an interception that ends its sequence if nothing comes so long; None: as requested
+
+
+REJECT = Verdict("reject")  # the token was drawn before the mask that forbids it was known: it is drawn again
 
 
 class Watcher(Protocol):
     """Reads one sequence. The scheduler calls it; a watcher that raises ends its own sequence alone."""
 
     def push(self, token_id: int) -> Verdict | None:
-        """The next generated token: every one, in order, once, stop tokens included."""
+        """The next generated token: every one, in order, once, stop tokens included.
+
+        A token that is rejected was not generated: the watcher is as it was before it, and `mask` must forbid it.
+        """
+        ...
+
+    def mask(self) -> bytes | None:
+        """Which tokens may come next, where not all of them may: bit i % 32 of the little-endian uint32 word i // 32
+        for token i; ids past its end may not. The same until the next call of another method."""
         ...
 
     def end_of_turn(self) -> Verdict | None:
