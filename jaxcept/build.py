@@ -22,6 +22,7 @@ from jaxcept.config import (
     use_compilation_cache,
 )
 from jaxcept.engine import Engine
+from jaxcept.hosts import assemble, follow, lead
 from jaxcept.metrics import Ledger
 from jaxcept.runner.memory import choose_num_blocks
 from jaxcept.runner.profile import profile
@@ -59,7 +60,8 @@ DEFAULT_MAX_MODEL_LEN = 4096
 def build_session(config: EngineConfig, progress: Progress) -> Session:
     """Loads the model, compiles, and connects everything. `progress(done, total, what)`.
 
-    Raises CheckpointError or TokenizerError where the folder is wrong, ValueError where an option is.
+    Raises CheckpointError or TokenizerError where the folder is wrong, ValueError where an option is. On several hosts
+    this is the first one's part, and HostLostError says that another one does not come.
     """
     use_compilation_cache(config.compilation_cache)
     tokenizer = load_tokenizer(config)
@@ -72,8 +74,24 @@ def build_session(config: EngineConfig, progress: Progress) -> Session:
 
 def build_runner(config: EngineConfig, progress: Progress) -> DeviceRunner:
     """The device's part: the model loaded, everything compiled, host memory pinned."""
+    crew = assemble(config) if config.hosts is not None else None
+    model = _load(config, progress)
+    sizes = choose_sizes(config, model)
+    runner = DeviceRunner(model, sizes) if crew is None else lead(crew, model, sizes)
+    runner.warm_up(lambda done, total, what: progress(done, total, f"compiling: {what}"))
+    return runner
+
+
+def obey_host(config: EngineConfig, progress: Progress) -> None:
+    """The part of every host but the first, from the loading of the model to the end. Errors as build_session."""
+    use_compilation_cache(config.compilation_cache)
+    crew = assemble(config)
+    follow(crew, _load(config, progress))
+
+
+def _load(config: EngineConfig, progress: Progress) -> Model:
     sizes = config.tensor_parallel_size, config.data_parallel_size
-    model = load_model(
+    return load_model(
         config.folder,
         mesh=make_mesh(*sizes) if config.num_devices > 1 else None,
         dtype=config.dtype,  # type: ignore[arg-type]  # load_model names the allowed values in its error
@@ -82,9 +100,6 @@ def build_runner(config: EngineConfig, progress: Progress) -> DeviceRunner:
         seed=config.seed,
         progress=lambda done, total: progress(done >> 20, total >> 20, "loading weights, MiB"),
     )
-    runner = DeviceRunner(model, choose_sizes(config, model))
-    runner.warm_up(lambda done, total, what: progress(done, total, f"compiling: {what}"))
-    return runner
 
 
 def build_engine(config: EngineConfig, runner: DeviceRunner, costs: RefinedCosts) -> Engine:

@@ -18,6 +18,35 @@ IMPLEMENTATIONS = ("auto", "xla", "native", "pallas")
 
 
 @dataclass(frozen=True, slots=True)
+class Hosts:
+    """One engine on several machines, or processes: this is number `host_id` of `num_hosts`.
+
+    `coordinator` is HOST:PORT of number 0, as the others reach it; the port after it is used as well. All have
+    `timeout_s` to come together.
+    """
+
+    coordinator: str
+    num_hosts: int
+    host_id: int
+    timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65535:
+            raise ValueError(f"--coordinator {self.coordinator}: expected HOST:PORT of host 0, a port below 65535")
+        if self.num_hosts < 2:
+            raise ValueError(f"--num-hosts {self.num_hosts}: expected 2 or more")
+        if not 0 <= self.host_id < self.num_hosts:
+            raise ValueError(f"--host-id {self.host_id}: expected 0 to {self.num_hosts - 1}")
+
+    @property
+    def plan_address(self) -> tuple[str, int]:
+        """Where host 0 hands out plans."""
+        host, _, port = self.coordinator.rpartition(":")
+        return host.strip("[]"), int(port) + 1
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Options of one engine. None means: chosen from the model and the device.
 
@@ -31,7 +60,7 @@ class EngineConfig:
     tool will still take. cost_model: a file of `jaxcept profile`; without one the engine measures itself once, for some
     seconds, and remembers. tensor_parallel_size: devices that share every layer, and the KV pool by its heads.
     data_parallel_size: groups of as many devices that share the tokens of every step; each has the whole pool, so that
-    this shortens steps and makes room for no more contexts.
+    this shortens steps and makes room for no more contexts. hosts: where these devices belong to several machines.
     """
 
     model: str | Path | None = None
@@ -56,6 +85,7 @@ class EngineConfig:
     compilation_cache: str | Path | None = None
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1
+    hosts: Hosts | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

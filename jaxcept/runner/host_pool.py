@@ -54,6 +54,16 @@ def checksum_sharding(pool: Sharding) -> Sharding:
     return NamedSharding(pool.mesh, PartitionSpec(None, _axis_of_heads(pool)))
 
 
+def local_columns(
+    array: jax.Array,  # [rows, columns], sharded over its columns if at all
+) -> np.ndarray:
+    """[rows, columns that lie on devices of this host]"""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    parts = {shard.index[1].start or 0: shard.data for shard in array.addressable_shards}  # copies count once
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)], axis=1)
+
+
 class HeadParts:
     """The heads of a pool as its devices share them: what each of them does to its own part.
 

@@ -32,6 +32,7 @@ from jaxcept_models.model import Model
 
 COPIES_PER_CALL = 16
 SCORE_TILE = 64
+FOLLOW_DEPTH = 2  # steps under way on a host that follows another
 
 Progress = Callable[[int, int, str], None]
 Executable = Callable[..., Any]
@@ -145,8 +146,11 @@ class DeviceRunner:
         tile = jax.lax.dynamic_slice_in_dim(hidden, start, targets.shape[0])
         return logprobs_of(self.model.logits(weights, tile), targets)
 
-    def warm_up(self, progress: Progress | None = None) -> None:
-        """Compiles every executable, the largest first, on all cores. `progress(done, total, what)`."""
+    def warm_up(self, progress: Progress | None = None, meet: Callable[[], None] | None = None) -> None:
+        """Compiles every executable, the largest first, on all cores. `progress(done, total, what)`.
+
+        `meet` waits until the other hosts have compiled too: what runs on all devices waits for them only so long.
+        """
         jobs = list(self.lowerings())
         with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
             # Lowered here, one after the other, as tracing holds the interpreter's lock; compiling does not.
@@ -155,6 +159,8 @@ class DeviceRunner:
                 keep(future.result())
                 if progress is not None:
                     progress(done, len(jobs), what)
+        if meet is not None:
+            meet()
         if self.swapper is not None:
             self.swapper.host.warm_up()
 
@@ -260,6 +266,17 @@ class DeviceRunner:
             )
         outs_through, ins_through, failed = self._report_swaps(step.plan)
         return StepResult(step.plan.step_id, ids, logprobs, prompt_logprobs, outs_through, ins_through, failed)
+
+    def follow(self, plan: StepPlan, swaps_over: tuple[int | None, int | None]) -> None:
+        """Runs a plan of another host, whose last result told so much of swaps: out, in. Its tokens stay on the device.
+
+        Waits for an earlier step where several are under way. Errors as Swapper.follow.
+        """
+        if self.swapper is not None:
+            self.swapper.follow(plan.step_id, swaps_over)
+        self.submit(plan)
+        if len(self._in_flight) > FOLLOW_DEPTH:
+            jax.block_until_ready(self._in_flight.popleft().tokens)
 
     def _report_swaps(self, plan: StepPlan) -> SwapReport:
         if self.swapper is None:

@@ -19,7 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from jaxcept.runner.host_pool import HeadParts, HostBlock, HostPool, Link, block_sharding, checksum_sharding, is_ready
+from jaxcept.runner.host_pool import (
+    HeadParts,
+    HostBlock,
+    HostPool,
+    Link,
+    block_sharding,
+    checksum_sharding,
+    is_ready,
+    local_columns,
+)
 from jaxcept.runner.swap_times import SwapTimes
 from jaxcept.scheduler.plan import BlockMove, FailedMove, MoveKind
 from jaxcept_kernels.attention import Implementation
@@ -63,7 +72,7 @@ class _Staged:
     step_id: int
     move: BlockMove
     content: jax.Array
-    expected: np.ndarray  # [kv_heads] uint32
+    expected: np.ndarray  # [kv_heads of this host] uint32
 
 
 @dataclass(eq=False, slots=True)
@@ -105,6 +114,7 @@ class Swapper:
         self._failed: list[FailedMove] = []
         self._through: tuple[int | None, int | None] = (None, None)  # out, in
         self._reported: tuple[int | None, int | None] = (None, None)
+        self._last_followed: int | None = None
         self._gather: dict[int, Executable] = {}
         self._land: dict[int, Executable] = {}
         self._check: dict[int, Executable] = {}
@@ -258,6 +268,25 @@ class Swapper:
             self.times.over("in", ins.sent_at)
         self._through = (out_step, in_step)
 
+    @property
+    def reported(self) -> tuple[int | None, int | None]:
+        """How far the last report said that swaps are: out, in."""
+        return self._reported
+
+    def follow(self, step_id: int, reported: tuple[int | None, int | None]) -> None:
+        """Goes by the report of another host, on which the plan of step_id was made: waits until as much is over here.
+
+        TransferTimeoutError where it never is; RuntimeError where a swap failed here, of which that host knows nothing.
+        """
+        if self._last_followed is not None and step_id <= self._last_followed:  # step ids begin anew
+            self.finish(self._last_followed)
+            self.reset()
+        self._last_followed = step_id
+        self.finish(max((through for through in reported if through is not None), default=-1))
+        self._reported = reported
+        if self._failed:
+            raise RuntimeError(f"{len(self._failed)} swaps failed on this host")
+
     def report(self) -> SwapReport:
         """For a StepResult: how far the swaps are, and the failures since the last report."""
         failed, self._failed = tuple(self._failed), []
@@ -296,7 +325,7 @@ class Swapper:
         if not all(is_ready(checksums) for checksums, _ in outs.checksums):
             return False
         for checksums, blocks in outs.checksums:
-            for block, row in zip(blocks, np.asarray(checksums), strict=False):  # rows past the blocks are padding
+            for block, row in zip(blocks, local_columns(checksums), strict=False):  # rows past the blocks are padding
                 block.checksums = row
         return True
 
@@ -321,7 +350,7 @@ class Swapper:
         if ins.pending or not all(is_ready(checksums) for checksums, _ in ins.checksums):
             return False
         for checksums, part in ins.checksums:
-            for staged, row in zip(part, np.asarray(checksums), strict=False):
+            for staged, row in zip(part, local_columns(checksums), strict=False):
                 if not np.array_equal(staged.expected, row):
                     ins.failed.append(_failure(ins.step_id, staged.move, "the content is not what was sent"))
                     self._unstage(staged)

@@ -16,9 +16,10 @@ from rich.table import Table
 import jaxcept
 from jaxcept.build import architectures, describe_model, obey_host, profile_model
 from jaxcept.config import IMPLEMENTATIONS, EngineConfig, Hosts, shipped_model
-from jaxcept.hosts import EXIT_HOST_LOST, HostLostError
+from jaxcept.hosts import EXIT_HOST_LOST
 from jaxcept.llm import LLM
 from jaxcept.outputs import RequestOutput
+from jaxcept.runner.crew import HostLostError
 from jaxcept.scheduler.durations import ESTIMATORS
 from jaxcept.scheduler.orders import ORDERS
 from jaxcept.scheduler.params import SamplingParams
@@ -54,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def is_obeying(args: argparse.Namespace) -> bool:
-    """Whether this is another host than the first: it does the same whatever the command."""
-    return bool(getattr(args, "host_id", 0))
+    """Whether this is another host than the first, which does the same whatever the command. `serve` sees for itself:
+    its flags may stand in a file."""
+    return args.command != "serve" and bool(getattr(args, "host_id", 0))
 
 
 def obey(args: argparse.Namespace) -> int:
