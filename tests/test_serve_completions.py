@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from asgi_clients import http, openai_async, run
 from fake_service import FakeService
+from starlette.routing import Route
 
 from jaxcept_serve.app import create_app
-from jaxcept_serve.limits import ServerOptions
+from jaxcept_serve.chat import CHAT_FIELDS
+from jaxcept_serve.limits import ApiKey, ServerOptions
 from jaxcept_serve.turns import PromptTurn
 
 PATH = "/v1/completions"
@@ -185,3 +187,30 @@ def test_the_official_client():
         assert "".join([chunk.choices[0].text async for chunk in stream]) == " 1 2"
 
     run(check())
+
+
+@pytest.mark.parametrize("has_keys", [False, True])
+def test_the_document_names_every_route(has_keys: bool):
+    options = ServerOptions(api_keys=(ApiKey("a", "key"),) if has_keys else ())
+    app = create_app(FakeService(), options)
+
+    async def fetch() -> Any:
+        async with http(app) as client:
+            return (await client.get("/openapi.json", headers={"x-api-key": "key"})).json()
+
+    document = run(fetch())
+    told = {(path, method) for path, methods in document["paths"].items() for method in methods}
+    served = {
+        (route.path.replace(":path", ""), method.lower())
+        for route in app.routes
+        if isinstance(route, Route)
+        for method in (route.methods or set()) - {"HEAD"}
+    }
+    assert told == served - {("/openapi.json", "get")}
+    chat = document["paths"]["/v1/chat/completions"]["post"]
+    schema = chat["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["required"] == ["messages"] and schema["properties"]["model"]["enum"] == ["fake", "alias", None]
+    assert set(schema["properties"]) == {field.name for field in CHAT_FIELDS}
+    assert schema["properties"]["n"] == {"type": ["integer", "null"], "minimum": 1, "maximum": 128, "default": 1,
+                                         "description": "Completions of the prompt."}  # fmt: skip
+    assert ("security" in chat) == has_keys and "security" not in document["paths"]["/health"]["get"]

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from jaxcept_serve import chat, completions, messages, models, responses, tokens
+from jaxcept_serve import chat, completions, messages, models, openapi, responses, tokens
 from jaxcept_serve.api import Api
 from jaxcept_serve.limits import ApiKey, Gate, ServerOptions
 from jaxcept_serve.security import Wall
@@ -28,6 +28,7 @@ ROUTE_MAKERS: tuple[RouteMaker, ...] = (
     messages.routes,
     models.routes,
     tokens.routes,
+    openapi.routes,
 )
 
 

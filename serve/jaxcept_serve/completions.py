@@ -25,12 +25,14 @@ from jaxcept_serve.wire import Body, Field, as_token_ids, bad, json_response, re
 _REFUSED = UNSUPPORTED | {"suffix": "insertion is not supported"}
 _STREAM_OPTIONS = (Field("include_usage", "boolean", default=False), Field("continuous_usage_stats", "boolean"))
 MAX_PROMPT_IDS = 1 << 22
+_TEXT = {"type": "string", "minLength": 1}
+_IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": MAX_INT}}
 
 COMPLETION_FIELDS = all_fields(
     (
         Field("model", "string", "Name of the model; absent: the first.", max_length=MAX_NAME_CHARS),
         Field("prompt", "any", "A text, token ids, or an array of either.", required=True,
-              schema={"anyOf": [{"type": "string"}, {"type": "array"}]}),
+              schema={"anyOf": [_TEXT, _IDS, {"type": "array", "minItems": 1, "items": {"anyOf": [_TEXT, _IDS]}}]}),
         Field("max_tokens", "integer", default=16, minimum=0, maximum=MAX_INT),
         Field("best_of", "integer", "Accepted where it equals n.", minimum=1, maximum=MAX_N),
         Field("echo", "boolean", "Give the prompt back before the completion.", default=False),

@@ -10,7 +10,7 @@ from starlette.routing import BaseRoute, Route
 
 from jaxcept.scheduler.params import SamplingParams
 from jaxcept_serve.api import MAX_NAME_CHARS, Api
-from jaxcept_serve.chat import read_messages, read_tools
+from jaxcept_serve.chat_messages import MESSAGE_SCHEMA, TOOL_SCHEMA, read_messages, read_tools
 from jaxcept_serve.client_tools import ToolLimits
 from jaxcept_serve.turns import ChatTurn
 from jaxcept_serve.wire import Body, Field, as_array, as_token_ids, bad, json_response, read_fields
@@ -21,8 +21,8 @@ TOKENIZE_FIELDS = (
     Field("model", "string", max_length=MAX_NAME_CHARS),
     Field("prompt", "string", "A text, to be encoded as it stands."),
     Field("messages", "array", "A conversation, to be encoded as the chat template has it.", min_length=1,
-          items=Field("", "object", nullable=False)),
-    Field("tools", "array", items=Field("", "object", nullable=False)),
+          items=Field("", "object", nullable=False, schema=MESSAGE_SCHEMA)),
+    Field("tools", "array", items=Field("", "object", nullable=False, schema=TOOL_SCHEMA)),
     Field("add_special_tokens", "boolean", default=True),
     Field("add_generation_prompt", "boolean", default=True),
     Field("return_token_strs", "boolean", default=False),
