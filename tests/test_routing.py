@@ -63,8 +63,8 @@ def test_other_tools_or_another_caller_are_another_beginning() -> None:
 def test_a_conversation_leaves_an_engine_that_has_too_much_to_do() -> None:
     router = Router(["a", "b"], held_slack=3)
     turn(router, ["hi"])
-    for _ in range(4):
-        router.begin(digests_of("", {}, said("hi", "yes", "other")))
+    for i in range(4):
+        router.begin(digests_of("", {}, said("hi", "yes", f"other {i}")))
     choice = router.begin(digests_of("", {}, said("hi", "yes", "more")))
     assert choice is not None
     assert (choice.engine, choice.reason, choice.instead_of) == ("b", Reason.SPILLED, "a")

@@ -1,6 +1,6 @@
 """Which of several engines serves a turn: the one that has its context, unless another has so much less to do.
 
-Pure: no clock, no network. A conversation is known by digests of its beginnings (`jaxcept.conversations.digests_of`). An
+Pure: no clock, no network. A conversation is known by digests of its beginnings (jaxcept.conversations.digests_of). An
 engine that computed a beginning has it in its cache, and the one that served the last turn holds the context.
 """
 
@@ -140,17 +140,19 @@ class Router:
         return best if self._load[best] - self._load[least] <= slack else least
 
     def _find(self, digests: Sequence[Hashable], name: Hashable | None) -> tuple[int, _Known | None]:
-        """What is known of the longest beginning, or of the name: the client says that it is the same conversation."""
-        count, found = 0, None
+        """How many messages are known, and what is: of the last turn that ended here, of the name that the client gave,
+        of the longest beginning."""
+        count, longest = 0, None
         for i in range(len(digests) - 1, 0, -1):
-            found = self._known.get(digests[i])
-            if found is not None:
-                count = i
-                break
-        if found is None or not (found.holder or found.died):
-            named = self._known.get(name) if name is not None else None
-            found = named if named is not None else found
-        return count, found
+            known = self._known.get(digests[i])
+            if known is None:
+                continue
+            if longest is None:
+                count, longest = i, known
+            if known.holder is not None or known.died is not None:
+                return count, known
+        named = self._known.get(name) if name is not None else None
+        return count, named if named is not None else longest
 
     def _note(self, digest: Hashable, engine: str, holds: bool = False) -> None:
         known = self._known.setdefault(digest, _Known())
