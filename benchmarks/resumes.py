@@ -129,8 +129,8 @@ def main() -> None:
     console = Console(width=120)
     console.print(asdict(tally))
     console.print(
-        f"{tally.resumes:,} follow-ups with {tally.prompt:,} prompt tokens computed {tally.computed:,}: {tally.new:,} new,"
-        f" {tally.recomputed:,} that the policy had given up, {tally.ends:,} that ended a turn;"
+        f"{tally.resumes:,} follow-ups with {tally.prompt:,} prompt tokens computed {tally.computed:,}: {tally.new:,}"
+        f" new, {tally.recomputed:,} that the policy had given up, {tally.ends:,} that ended a turn;"
         f" {tally.right} of {tally.answers} answers right"
     )
     if args.out is not None:
