@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jaxcept.runner.rows import HostRows, make_row_state, set_row, unpack_params
 from jaxcept.runner.sampling import NEGATIVE, RowParams, Variant, filter_logits, logprobs_of, sample
 from jaxcept.scheduler.params import SamplingParams
-from jaxcept.scheduler.plan import RowSetup
+from jaxcept.scheduler.plan import Mask, RowSetup
 
 VOCAB, ROWS, LENGTH = 50, 4, 32
 
@@ -174,3 +174,60 @@ def test_variant_is_the_cheapest_that_serves_all():
 def test_logprobs_of_counts_ties_once():
     out = logprobs_of(jnp.asarray([[1.0, 1.0, 0.0]], jnp.float32), jnp.asarray([1], jnp.int32))
     assert int(out.rank[0]) == 1
+
+
+def masked_draw(logits, allowed, params, host=None, positions=(3,), state=None):
+    """One row's draw under a mask: (token, log-probabilities)."""
+    host = host or HostRows(ROWS, LENGTH, VOCAB)
+    setup = RowSetup(0, 7, params, 5, (1, 2, 3), (), 3, (VOCAB - 1,))
+    state = make_row_state(ROWS, LENGTH, VOCAB) if state is None else state
+    if host.set(setup):
+        state = set_row(state, np.int32(0), host.history(setup), host.bias(setup))
+    rows = np.zeros(1, np.int32)
+    bits = sum(1 << i for i in allowed).to_bytes(4 * -(-VOCAB // 32), "little")
+    mask = host.masks(rows, (Mask(0, bits),), 2)
+    packed = host.params(rows, np.asarray(positions, np.int32), 2)
+    both = jnp.stack([jnp.asarray(logits)] * 2)
+    tokens, _, logprobs = sample(both, unpack_params(packed), state, Variant.MASKED, jnp.asarray(mask))
+    return int(tokens[0]), logprobs
+
+
+@given(st.integers(0, 2**31), st.sets(st.integers(0, VOCAB - 1), min_size=1), st.sampled_from([0.0, 0.01, 1.0, 5.0]),
+       st.sampled_from([0, 1, 5]), st.sampled_from([1.0, 0.5]), st.sampled_from([1.0, 1.5]))  # fmt: skip
+def test_a_mask_comes_before_everything_else(seed, allowed, temperature, top_k, top_p, repetition):
+    logits = np.random.default_rng(seed).normal(size=VOCAB).astype(np.float32) * 5
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=0.01, seed=seed,
+                            repetition_penalty=repetition, logit_bias={3: 100.0}, logprobs=20)  # fmt: skip
+    token, logprobs = masked_draw(logits, allowed, params)
+    assert token in allowed
+    best = max(sorted(allowed), key=lambda i: logits[i])
+    exact = np.log(np.exp(logits[list(allowed)].astype(np.float64) - logits[best]).sum()) + logits[best]
+    np.testing.assert_allclose(float(logprobs.top_values[0, 0]), logits[best] - exact, atol=1e-4)
+    assert np.isfinite(np.asarray(logprobs.top_values[0])).all()
+    np.testing.assert_allclose(float(logprobs.chosen[0]), logits[token] - exact, atol=1e-4)
+
+
+def test_a_stop_token_that_min_tokens_bans_is_drawn_where_the_mask_leaves_no_other():
+    for params in (
+        SamplingParams(min_tokens=8, top_k=1, seed=1),
+        SamplingParams(min_tokens=8, temperature=0),
+        SamplingParams(min_tokens=8, temperature=0.01, top_p=0.5, min_p=0.2),
+    ):
+        assert masked_draw(np.zeros(VOCAB, np.float32), {VOCAB - 1}, params)[0] == VOCAB - 1
+
+
+def test_rows_beyond_the_masks_and_words_beyond_a_mask():
+    host = HostRows(ROWS, LENGTH, VOCAB)
+    masks = host.masks(np.array([2, 0], np.int32), (Mask(0, b"\x01\x00\x00\x80"),), 3)
+    assert masks.tolist() == [[0xFFFFFFFF] * 2, [0x80000001, 0], [0xFFFFFFFF] * 2]
+
+
+def test_a_row_forgets_the_bias_of_the_sequence_that_had_it():
+    host, state = HostRows(ROWS, LENGTH, VOCAB), make_row_state(ROWS, LENGTH, VOCAB)
+    biased = RowSetup(0, 1, SamplingParams(logit_bias={9: 100.0}), 5, (1,), (), 1, ())
+    assert host.set(biased)
+    state = set_row(state, np.int32(0), host.history(biased), host.bias(biased))
+    logits = np.zeros(VOCAB, np.float32)
+    logits[4] = 1.0
+    token, _ = masked_draw(logits, range(VOCAB), SamplingParams(temperature=0), host, state=state)
+    assert token == 4

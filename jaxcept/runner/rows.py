@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxcept.runner.sampling import RowParams, RowState, Variant
 from jaxcept.scheduler.params import MAX_LOGIT_BIAS
-from jaxcept.scheduler.plan import RowSetup
+from jaxcept.scheduler.plan import Mask, RowSetup
 
 MAX_BANNED_IDS = 144  # stop ids that min_tokens keeps from being drawn
 BIAS_ENTRIES = MAX_LOGIT_BIAS + MAX_BANNED_IDS
@@ -31,6 +31,11 @@ def unpack_params(packed: jax.Array) -> RowParams:
     return RowParams(
         ints[:, 0], ints[:, 1], seeds, temperature, top_p, ints[:, 4], min_p, presence, frequency, repetition
     )
+
+
+def mask_words(vocab_size: int) -> int:
+    """Words of 32 bits that hold one bit for each token."""
+    return -(-vocab_size // 32)
 
 
 def make_row_state(max_num_seqs: int, max_model_len: int, vocab_size: int) -> RowState:
@@ -67,6 +72,8 @@ class HostRows:
         self._columns[:, 0] = np.arange(max_num_seqs + 1)
         self._floats = self._columns[:, len(_INT_COLUMNS) :].view(np.float32)
         self._variants = np.zeros(max_num_seqs + 1, np.int8)
+        self._has_state = np.zeros(max_num_seqs + 1, bool)  # whether the device's part of the row says anything
+        self._words = mask_words(vocab_size)
         self._setups: list[RowSetup | None] = [None] * (max_num_seqs + 1)
         self._scratch = max_num_seqs
 
@@ -97,7 +104,8 @@ class HostRows:
         else:
             variant = Variant.RANDOM if params.temperature > 0 else Variant.GREEDY
         self._variants[row] = list(Variant).index(variant)
-        return variant is Variant.FULL
+        had_state, self._has_state[row] = bool(self._has_state[row]), variant is Variant.FULL
+        return variant is Variant.FULL or had_state
 
     def variant(self, rows: np.ndarray) -> Variant:
         """The cheapest variant that serves all of these rows."""
@@ -109,6 +117,16 @@ class HostRows:
         packed[: len(rows)] = self._columns[rows]
         packed[: len(rows), 1] = positions
         packed[len(rows) :] = self._columns[self._scratch]
+        return packed
+
+    def masks(self, rows: np.ndarray, masks: Sequence[Mask], padded: int) -> np.ndarray:
+        """[padded, words] uint32 for apply_mask: all bits set for rows without a mask."""
+        packed = np.full((padded, self._words), 0xFFFFFFFF, np.uint32)
+        places = {row: i for i, row in enumerate(rows.tolist())}
+        for row, bits in masks:
+            words = np.frombuffer(bits, "<u4")[: self._words]
+            packed[places[row], : len(words)] = words
+            packed[places[row], len(words) :] = 0
         return packed
 
     def history(self, setup: RowSetup) -> np.ndarray:

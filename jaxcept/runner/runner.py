@@ -22,10 +22,10 @@ from jax.sharding import PartitionSpec, Sharding
 from jaxcept.runner.batch import NO_ROW, Batch, BatchBuilder, BatchShape, bucket_of, token_buckets, unpack
 from jaxcept.runner.compiles import CompileCounter
 from jaxcept.runner.host_pool import HeadParts, Link
-from jaxcept.runner.rows import BIAS_ENTRIES, NUM_COLUMNS, HostRows, make_row_state, set_row, unpack_params
+from jaxcept.runner.rows import BIAS_ENTRIES, NUM_COLUMNS, HostRows, make_row_state, mask_words, set_row, unpack_params
 from jaxcept.runner.sampling import Logprobs, RowState, Variant, logprobs_of, sample
 from jaxcept.runner.swapper import Job, Swapper, SwapReport, split_moves
-from jaxcept.scheduler.plan import BlockMove, MoveKind, RowSetup, StepPlan, StepResult, TokenLogprobs
+from jaxcept.scheduler.plan import BlockMove, Mask, MoveKind, RowSetup, StepPlan, StepResult, TokenLogprobs
 from jaxcept_kernels.blocks import copy_blocks
 from jaxcept_kernels.layout import KVPool, make_pool
 from jaxcept_models.model import Model
@@ -135,10 +135,16 @@ class DeviceRunner:
         return pool, hidden, hidden[inputs.sample_index]
 
     def _draw(
-        self, weights: tuple[jax.Array, ...], hidden: jax.Array, state: RowState, packed: jax.Array, variant: Variant
+        self,
+        weights: tuple[jax.Array, ...],
+        hidden: jax.Array,
+        state: RowState,
+        packed: jax.Array,
+        mask: jax.Array | None,
+        variant: Variant,
     ) -> tuple[jax.Array, RowState, Logprobs | None]:
         logits = self.model.logits(weights, hidden[: packed.shape[0]])
-        return sample(logits, unpack_params(packed), state, variant)
+        return sample(logits, unpack_params(packed), state, variant, mask)
 
     def _score_tile(
         self, weights: tuple[jax.Array, ...], hidden: jax.Array, start: jax.Array, targets: jax.Array
@@ -190,7 +196,9 @@ class DeviceRunner:
         def lower_sample(n: int, variant: Variant) -> Any:
             hidden = jax.ShapeDtypeStruct((self.config.max_num_seqs, width), dtype, sharding=batch)
             draw = jit(self._draw, batch, static_argnames="variant", donate_argnames="state")
-            return draw.lower(weights, hidden, state, int32(n, NUM_COLUMNS), variant=variant)
+            words = mask_words(self.model.config.vocab_size)
+            mask = jax.ShapeDtypeStruct((n, words), jnp.uint32, sharding=batch) if variant is Variant.MASKED else None
+            return draw.lower(weights, hidden, state, int32(n, NUM_COLUMNS), mask, variant=variant)
 
         def lower_score(tokens: int) -> Any:
             hidden = jax.ShapeDtypeStruct((tokens, width), dtype, sharding=batch)
@@ -240,7 +248,7 @@ class DeviceRunner:
         self._pool, hidden, drawing = self._step[batch.tokens](
             self.model.weights, self._pool, self._state.last_tokens, batch.packed
         )
-        tokens, logprobs = self._draw_tokens(drawing, batch)
+        tokens, logprobs = self._draw_tokens(drawing, batch, plan.masks)
         scores = self._score_prompts(plan, batch, hidden)
         wanted: tuple[int | None, ...] = ()
         if logprobs is not None:
@@ -313,15 +321,18 @@ class DeviceRunner:
             row = np.asarray(setup.row, np.int32)
             self._state = self._set_row(self._state, row, self._rows.history(setup), self._rows.bias(setup))
 
-    def _draw_tokens(self, hidden: jax.Array, batch: Batch) -> tuple[jax.Array | None, Logprobs | None]:
+    def _draw_tokens(
+        self, hidden: jax.Array, batch: Batch, masks: tuple[Mask, ...]
+    ) -> tuple[jax.Array | None, Logprobs | None]:
         rows = batch.sampling_rows
         if not len(rows):
             return None, None
-        variant = self._rows.variant(rows)
+        variant = Variant.MASKED if masks else self._rows.variant(rows)
         padded = bucket_of(self._sample_buckets[variant], len(rows))
         packed = self._rows.params(rows, batch.sampling_positions, padded)
+        bits = self._rows.masks(rows, masks, padded) if masks else None
         draw = self._sample[padded, variant]
-        tokens, self._state, logprobs = draw(self.model.weights, hidden, self._state, packed)
+        tokens, self._state, logprobs = draw(self.model.weights, hidden, self._state, packed, bits)
         return tokens, logprobs
 
     def _score_prompts(self, plan: StepPlan, batch: Batch, hidden: jax.Array) -> dict[int, tuple[int, list[_Tile]]]:

@@ -17,6 +17,8 @@ from jaxcept.scheduler.params import MAX_LOGPROBS
 from jaxcept_kernels.rows import argmax_rows
 
 NEGATIVE = -1e30
+FORBIDDEN = -3e38  # a logit that no bias lifts to that of an allowed token, not even of one that min_tokens bans
+LEAST_LOGPROB = -9999.0  # which the OpenAI API tells of tokens that are not drawn
 
 
 class Variant(StrEnum):
@@ -25,6 +27,7 @@ class Variant(StrEnum):
     GREEDY = "greedy"
     RANDOM = "random"  # temperature, top-k, top-p, min-p
     FULL = "full"  # and penalties, logit bias, min_tokens, log-probabilities
+    MASKED = "masked"  # and a mask of the vocabulary for each row
 
 
 class RowParams(NamedTuple):
@@ -84,7 +87,7 @@ def _largest_threshold(bits: jax.Array, weights: jax.Array, target: jax.Array) -
 
 
 def filter_logits(logits: jax.Array, params: RowParams) -> jax.Array:
-    """Top-k, then top-p of what is left, then min-p: filtered logits are NEGATIVE. Ties at a threshold stay.
+    """Top-k, then top-p of what is left, then min-p: filtered logits are NEGATIVE or less. Ties at a threshold stay.
 
     logits: [n, vocab] float32, already divided by the temperature.
     """
@@ -94,17 +97,18 @@ def filter_logits(logits: jax.Array, params: RowParams) -> jax.Array:
     def top_k(x: jax.Array) -> jax.Array:
         k = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, vocab), vocab).astype(jnp.float32)
         threshold = _largest_threshold(bits, jnp.ones_like(x), k)
-        return jnp.where(bits >= threshold[:, None], x, NEGATIVE)
+        return jnp.where(bits >= threshold[:, None], x, jnp.minimum(x, NEGATIVE))
 
     def top_p(x: jax.Array) -> jax.Array:
         threshold = _largest_threshold(_ordered_bits(x), jax.nn.softmax(x, axis=-1), params.top_p)
         kept = (_ordered_bits(x) >= threshold[:, None]) | (params.top_p >= 1.0)[:, None]
-        return jnp.where(kept, x, NEGATIVE)
+        return jnp.where(kept, x, jnp.minimum(x, NEGATIVE))
 
     logits = jax.lax.cond(jnp.any(params.top_k > 0), top_k, lambda x: x, logits)
     logits = jax.lax.cond(jnp.any(params.top_p < 1.0), top_p, lambda x: x, logits)
     floor = jnp.max(logits, axis=-1) + jnp.log(jnp.maximum(params.min_p, 1e-30))
-    return jnp.where((logits >= floor[:, None]) | (params.min_p <= 0.0)[:, None], logits, NEGATIVE)
+    kept = (logits >= floor[:, None]) | (params.min_p <= 0.0)[:, None]
+    return jnp.where(kept, logits, jnp.minimum(logits, NEGATIVE))
 
 
 def penalise(logits: jax.Array, params: RowParams, state: RowState) -> jax.Array:
@@ -130,6 +134,14 @@ def penalise(logits: jax.Array, params: RowParams, state: RowState) -> jax.Array
     return logits.at[each, state.bias_ids[params.rows]].add(bias, mode="drop")
 
 
+def apply_mask(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """Forbids the tokens whose bit is 0. logits: [n, vocab] float32; mask: [n, words] uint32, token i at bit i % 32 of
+    word i // 32."""
+    bits = mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :] & 1
+    allowed = bits.reshape(mask.shape[0], -1)[:, : logits.shape[-1]]
+    return jnp.where(allowed == 1, logits, FORBIDDEN)
+
+
 def draw(logits: jax.Array, params: RowParams) -> jax.Array:
     """Gumbel-max draws, [n] int32: temperature 0 takes the largest logit. logits: [n, vocab] float32."""
     temperature = jnp.where(params.temperature > 0, params.temperature, 1.0)
@@ -149,14 +161,20 @@ def logprobs_of(logits: jax.Array, token_ids: jax.Array) -> Logprobs:
     norm = jax.nn.logsumexp(logits, axis=-1)
     rank = 1 + jnp.sum((logits > chosen_logit).astype(jnp.int32), axis=-1)
     values, ids = jax.lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
-    return Logprobs(chosen_logit[:, 0] - norm, rank, ids.astype(jnp.int32), values - norm[:, None])
+    values = jnp.maximum(values - norm[:, None], LEAST_LOGPROB)
+    return Logprobs(chosen_logit[:, 0] - norm, rank, ids.astype(jnp.int32), values)
 
 
 def sample(
-    logits: jax.Array, params: RowParams, state: RowState, variant: Variant
+    logits: jax.Array, params: RowParams, state: RowState, variant: Variant, mask: jax.Array | None = None
 ) -> tuple[jax.Array, RowState, Logprobs | None]:
-    """Draws one token per entry and remembers it. logits: [n, vocab] float32; returns [n] int32."""
+    """Draws one token per entry and remembers it. logits: [n, vocab] float32; returns [n] int32.
+
+    `mask` as in apply_mask, for Variant.MASKED alone.
+    """
     logprobs = None
+    if mask is not None:
+        logits = apply_mask(logits, mask)
     if variant is Variant.GREEDY:
         tokens = argmax_rows(logits)
     elif variant is Variant.RANDOM:
