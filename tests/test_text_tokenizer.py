@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -260,3 +261,16 @@ def test_threads_encode_and_decode_at_once() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_long_text_is_encoded_as_its_pieces_are_and_stops_no_other_thread():
+    tokenizer = TOKENIZERS["byte_level"]
+    line = "one two three\n"
+    assert tokenizer.encode(line * 1000) == tokenizer._backend.encode(line * 1000).ids
+    thread = threading.Thread(target=tokenizer.encode, args=(line * 20_000,))
+    thread.start()
+    num_turns = 0
+    while thread.is_alive():
+        time.sleep(0.001)
+        num_turns += 1
+    assert num_turns > 10

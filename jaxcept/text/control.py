@@ -13,6 +13,18 @@ import tokenizers
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _LOOKS_LIKE_MARKUP = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 
+LONG_TEXT = 2000  # characters
+
+
+def encode_ids(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+    """Ids of a text, without the tokenizer's own beginning and end.
+
+    A text by itself is encoded under the interpreter's lock, a batch is not: a long one would stop every thread.
+    """
+    if len(text) < LONG_TEXT:
+        return list(backend.encode(text, add_special_tokens=False).ids)
+    return list(backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+
 
 class ControlTokens:
     """The added tokens that steer a model, and a tokenizer that sees them only where they are marked.
@@ -70,8 +82,8 @@ class ControlTokens:
     def encode(self, rendered: str) -> list[int]:
         """Ids of a text rendered from marked data, without the tokenizer's own beginning and end."""
         tokenizer, ids = self._marked_tokenizer()
-        encoded = tokenizer.encode(self._rendered.sub(_swap, rendered), add_special_tokens=False).ids
-        return [ids.get(token_id, token_id) for token_id in encoded] if ids else list(encoded)
+        encoded = encode_ids(tokenizer, self._rendered.sub(_swap, rendered))
+        return [ids.get(token_id, token_id) for token_id in encoded] if ids else encoded
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of a text that holds no control tokens, whatever it spells."""

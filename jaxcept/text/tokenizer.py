@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcept.text.control import ControlTokens
+from jaxcept.text.control import ControlTokens, encode_ids
 from jaxcept.text.folder import TextFiles, read_text_files
 from jaxcept.text.messages import plain_messages
 from jaxcept.text.pieces import PieceKind, Pieces
@@ -171,7 +171,7 @@ class Tokenizer:
         return self._continue(self.control.encode if is_marked else self._encode, _valid(text))
 
     def _encode(self, text: str) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return encode_ids(self._backend, text)
 
     def _continue(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
         """Encodes behind a line break where the tokenizer puts a space before a text: the line break takes it."""
