@@ -71,6 +71,11 @@ class Router:
         """Engines that are not down."""
         return tuple(engine for engine in self._order if not self._is_down[engine])
 
+    def holds(self, digests: Sequence[Hashable]) -> bool:
+        """Whether an engine holds the context of a beginning of this conversation."""
+        known = (self._known.get(digest) for digest in digests[1:])
+        return any(each is not None and each.holder is not None for each in known)
+
     def begin(self, digests: Sequence[Hashable], name: Hashable | None = None) -> Choice | None:
         """The engine for a turn that begins; None where all are down. `end` must follow.
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from jaxcept.build import obey_host
+from jaxcept.build import Progress, obey_host
 from jaxcept.config import EngineConfig
 from jaxcept.tools.sources import SERVER_LIMITS
 from jaxcept_serve.limits import ApiKey, ServerOptions
@@ -65,6 +65,7 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--conversation-memory-mb", type=float, default=256.0, help="MiB for the ids of known turns")
     group.add_argument("--intercept-timeout", type=float, default=120.0, help="seconds of one interception in a turn")
     group.add_argument("--grace-s", type=float, default=30.0, help="seconds to finish what runs after SIGTERM")
+    group.add_argument("--replicas", type=int, default=1, help="engines behind this server (needs the extra ray)")
     group.add_argument("--uvicorn-log-level", default="info", help="debug, info, warning, error")
     group.add_argument("--log-format", default="text", choices=["text", "json"])
     group.add_argument("--otlp-traces-endpoint", help="where traces go (needs the extra otel)")
@@ -109,7 +110,23 @@ def run_serve(args: argparse.Namespace) -> int:
         if config.engine.hosts is not None and config.engine.hosts.host_id:
             obey_host(config.engine, lambda done, total, what: _show(status, console, config, done, total, what))
             return 0
+        if given.replicas != 1:
+            return _run_replicas(config, given.replicas, lambda *told: _show(status, console, config, *told))
         return run(config, lambda done, total, what: _show(status, console, config, done, total, what))
+
+
+def _run_replicas(config: ServeConfig, count: int, progress: Progress) -> int:
+    if count < 1:
+        raise ValueError(f"--replicas {count}: expected 1 or more")
+    if config.engine.hosts is not None:
+        raise ValueError(
+            "--replicas with --num-hosts: an engine on several hosts has no replicas; expected one of them"
+        )
+    try:
+        from jaxcept_serve.ray_engines import serve_replicas  # noqa: PLC0415 (optional dependency)
+    except ImportError as error:
+        raise ValueError(f"--replicas {count} needs Ray: pip install 'jaxcept[ray]' ({error})") from error
+    return serve_replicas(config, count, progress)
 
 
 def _show(status: Any, console: Console, config: ServeConfig, done: int, total: int, what: str) -> None:

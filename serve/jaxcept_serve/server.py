@@ -174,10 +174,13 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def run(config: ServeConfig, progress: Progress = silent) -> int:
-    """Serves until a signal; the exit status: 0, or what says that the engine died or its books did not add up."""
+def run(config: ServeConfig, progress: Progress = silent, running: Any = None) -> int:
+    """Serves until a signal; the exit status: 0, or what says that the engine died or its books did not add up.
+
+    `running` has the parts of Running, where they are others.
+    """
     raise_file_limit()
-    running = Running(config, progress)
+    running = running if running is not None else Running(config, progress)
     options = uvicorn.Config(
         RequestContext(running.app),
         host=config.host,
