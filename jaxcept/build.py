@@ -21,6 +21,7 @@ from jaxcept.config import (
     on_cpu,
     use_compilation_cache,
 )
+from jaxcept.constraint import ConstraintMaker, ToolMode
 from jaxcept.engine import Engine
 from jaxcept.hosts import assemble, follow, lead
 from jaxcept.metrics import Ledger
@@ -37,6 +38,7 @@ from jaxcept.scheduler.refined_costs import RefinedCosts
 from jaxcept.scheduler.scheduler import Scheduler
 from jaxcept.session import InterceptOptions, Session
 from jaxcept.text.folder import read_text_files
+from jaxcept.text.grammar import GrammarCompiler
 from jaxcept.text.stop import StopStrings
 from jaxcept.text.stream import StreamDecoder
 from jaxcept.text.tokenizer import Tokenizer
@@ -69,7 +71,8 @@ def build_session(config: EngineConfig, progress: Progress) -> Session:
     runner = build_runner(config, progress)
     costs = RefinedCosts(choose_costs(config, runner, progress))
     engine = build_engine(config, runner, costs)
-    return Session(engine, tokenizer, watcher_factory(tokenizer, parser_name), engine.clock, config.seed)
+    watcher = watcher_factory(tokenizer, parser_name, constraint_maker(tokenizer, parser_name))
+    return Session(engine, tokenizer, watcher, engine.clock, config.seed)
 
 
 def build_runner(config: EngineConfig, progress: Progress) -> DeviceRunner:
@@ -230,14 +233,21 @@ def describe_model(folder: str | Path) -> dict[str, str]:
     return {field.name: str(getattr(config, field.name)) for field in fields(config)}
 
 
+def constraint_maker(tokenizer: Tokenizer, parser_name: str | None) -> ConstraintMaker:
+    """What masks are made by, for the markers of this format of tool calls."""
+    markers = tokenizer.ids_of(make_parser(parser_name).markers) if parser_name is not None else ()
+    return ConstraintMaker(GrammarCompiler(tokenizer, markers), parser_name, tokenizer.token_id)
+
+
 def watcher_factory(
-    tokenizer: Tokenizer, parser_name: str | None
+    tokenizer: Tokenizer, parser_name: str | None, constraints: ConstraintMaker | None = None
 ) -> Callable[[SamplingParams, InterceptOptions, Toolbox | None], TextWatcher]:
-    """Makes a sequence's watcher: (params, options, its tools)."""
+    """Makes a sequence's watcher: (params, options, its tools). Without `constraints` nothing binds its text."""
 
     def make(params: SamplingParams, options: InterceptOptions, toolbox: Toolbox | None) -> TextWatcher:
         parser: ToolCallParser | None = None
-        if toolbox is not None:
+        choice = options.tool_choice
+        if toolbox is not None and choice.mode is not ToolMode.NONE:
             if parser_name is None:
                 raise ValueError(
                     "tools are given, but the chat template shows no known format of tool calls; set tool_call_parser"
@@ -253,6 +263,7 @@ def watcher_factory(
             options.strings,
             params.min_tokens,
             Hold(options.hold_s, frozenset(outside)) if options.hold_s is not None else None,
+            constraints.make(params.structured, choice, toolbox) if constraints is not None else None,
         )
 
     return make

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from jaxcept.answers import OpenTurn, call_record, encode_answers, probe_call, start_calls
 from jaxcept.clock import Clock
+from jaxcept.constraint import ToolChoice
 from jaxcept.engine import Engine
 from jaxcept.outputs import CompletionOutput, Delta, RequestOutput, Spent
 from jaxcept.scheduler.events import Event, Finished, FinishReason, Intercepted, PromptLogprobs, Returned, Tokens
@@ -46,7 +47,7 @@ class InterceptOptions:
     return (longer answers are cut); `on_failure`: "tell" the model what went wrong, or "fail" the completion.
     `expected_s` hints at how long a tool takes, by its name. With `hold_s`, a completion whose model ends its turn, or
     calls a tool that is answered outside, stays intercepted for so many seconds: a later request may go on with its
-    context (`Session.add(follows=…)`).
+    context (`Session.add(follows=…)`). `tool_choice` says which tools may be called, and whether one must be.
     """
 
     trigger: CallTrigger = CallTrigger.TURN
@@ -60,6 +61,7 @@ class InterceptOptions:
     on_failure: OnToolFailure = OnToolFailure.TELL
     hold_s: float | None = None
     expected_s: Mapping[str, float] = field(default_factory=dict)
+    tool_choice: ToolChoice = field(default_factory=ToolChoice)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trigger", CallTrigger(self.trigger))
@@ -212,6 +214,10 @@ class Session:
         self.engine.abort(request_id)
 
     # From any thread.
+
+    def check(self, params: SamplingParams, options: InterceptOptions | None, toolbox: Toolbox | None) -> None:
+        """Compiles what binds the text of such a request, so that `add` need not. ValueError where that cannot be."""
+        self._make_watcher(params, options if options is not None else InterceptOptions(), toolbox)
 
     def post(self, message: Callable[[], None]) -> None:
         """Leaves a message for the stepping thread, which calls it before its next step."""

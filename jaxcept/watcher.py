@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from jaxcept.scheduler.watcher import Verdict
+from jaxcept.constraint import Constraint
+from jaxcept.scheduler.watcher import REJECT, Verdict
 from jaxcept.text.stop import StopStrings
 from jaxcept.text.stream import StreamDecoder
 from jaxcept.tools.calls import ParsedCall, ToolCall
@@ -61,6 +62,7 @@ class TextWatcher:
         intercept_strings: Sequence[str] = (),
         min_tokens: int = 0,
         hold: Hold | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         self._decoder = decoder
         self._stops = stops
@@ -72,10 +74,15 @@ class TextWatcher:
         self._runs: deque[TextRun] = deque()
         self._tokens_before_stops = min_tokens
         self._hold = hold
+        self._constraint = constraint
 
     def push(self, token_id: int) -> Verdict | None:
         """Takes a generated token; says whether the text it completes stops or intercepts the sequence."""
+        if self._constraint is not None and not self._constraint.accept(token_id):
+            return REJECT
         text = self._decoder.push(token_id)
+        if text and self._constraint is not None:
+            self._constraint.read(text)
         self._tokens_before_stops -= 1
         if not text:
             return None
@@ -97,7 +104,7 @@ class TextWatcher:
 
     def mask(self) -> bytes | None:
         """Which tokens may come next, None where all may: see Watcher."""
-        return None
+        return self._constraint.mask() if self._constraint is not None else None
 
     def end_of_turn(self) -> Verdict | None:
         """The model generated a stop token: an interception if its turn holds tool calls."""
@@ -112,6 +119,8 @@ class TextWatcher:
         self._emit(self._stops.flush())
         if self._parser is not None:
             self._parser.begin_turn()
+        if self._constraint is not None:
+            self._constraint.begin_turn()
         text = "".join(self._decoder.push(token_id) for token_id in token_ids)
         self._runs.append(TextRun(text, tuple(token_ids)))
 

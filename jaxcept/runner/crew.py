@@ -30,7 +30,8 @@ WAKE_S = 0.2
 SILENCE_S = 15.0
 MAX_MESSAGE_BYTES = 1 << 28
 _LENGTH_BYTES = 4
-_PARAMS = tuple(field.name for field in fields(SamplingParams))
+# The masks that plans carry say what a structured output may be.
+_PARAMS = tuple(field.name for field in fields(SamplingParams) if field.name != "structured")
 
 
 class HostLostError(RuntimeError):

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from llguidance._tokenizer import TokenizerWrapper
 
 MAX_CHARS = 256 * 1024  # of a schema, a regex, a grammar or all choices
@@ -162,6 +162,22 @@ class GrammarCompiler:
         each = [quoted(_text(choice, field)) for choice in choices]
         return self._matcher(_Source("lark", _text("start: " + " | ".join(each), field)), field)
 
+    def tool_schema(self, schema: Mapping[str, Any] | None) -> str:
+        """The schema of a tool's arguments for a rule of a lark grammar, as exactly as can be followed.
+
+        Keywords that no mask can follow are left out, and a schema that cannot be read stands for any object: the
+        arguments are checked when the tool is called.
+        """
+        whole: dict[str, Any] = {"type": "object", **(schema or {})}
+        for is_lenient in (False, True):
+            try:
+                text = schema_rule(whole, "parameters", is_lenient)
+                self._matcher(_Source("lark", f"start: %json {text}"), "parameters")
+            except GrammarError:
+                continue
+            return text
+        return schema_rule({"type": "object"}, "parameters")
+
     def _matcher(self, source: _Source, field: str) -> Matcher:
         with self._lock:
             found = self._cache.get(source)
@@ -207,6 +223,22 @@ def schema_text(schema: Mapping[str, Any] | str | bool, field: str) -> str:
         return _text(json.dumps(schema, allow_nan=False, default=dict), field)
     except (TypeError, ValueError, RecursionError) as error:
         raise GrammarError(f"{field}: expected JSON values: {_first_line(str(error))}") from None
+
+
+def schema_rule(schema: Mapping[str, Any] | str | bool, field: str, is_lenient: bool = False) -> str:
+    """The schema as the JSON text behind %json in a lark grammar. `is_lenient` leaves unknown keywords out."""
+    value = json.loads(schema_text(schema, field))
+    if isinstance(value, bool):
+        return json.dumps(value)
+    options: dict[str, Any] = {"whitespace_pattern": SPACES}
+    if is_lenient:
+        options["lenient"] = True
+    return json.dumps(value | {"x-guidance": options})
+
+
+def regex_rule(pattern: str) -> str:
+    """The regex as a terminal of a lark grammar."""
+    return f"/{regex_to_lark(pattern, '')}/"
 
 
 def quoted(text: str) -> str:
