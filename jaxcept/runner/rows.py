@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcept.runner.sampling import RowParams, RowState, Variant
-from jaxcept.scheduler.params import MAX_LOGIT_BIAS
+from jaxcept.scheduler.params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from jaxcept.scheduler.plan import Mask, RowSetup
 
-MAX_BANNED_IDS = 144  # stop ids that min_tokens keeps from being drawn
+MAX_BANNED_IDS = MAX_STOP_TOKEN_IDS + 16  # that min_tokens keeps from being drawn: a request's and the tokenizer's
 BIAS_ENTRIES = MAX_LOGIT_BIAS + MAX_BANNED_IDS
 ALWAYS = np.iinfo(np.int32).max
 BANNED = -1e30
@@ -144,7 +144,7 @@ class HostRows:
             (token_id, value, ALWAYS) for token_id, value in (setup.params.logit_bias or {}).items()
         ]
         num_output = sum(stop - start for start, stop in setup.output_spans)
-        until = len(setup.token_ids) - num_output + setup.params.min_tokens
+        until = min(len(setup.token_ids) - num_output + setup.params.min_tokens, ALWAYS)
         if setup.params.min_tokens > num_output:
             entries += [(token_id, BANNED, until) for token_id in setup.stop_token_ids]
         bias = np.zeros((3, BIAS_ENTRIES), np.int32)
@@ -155,13 +155,3 @@ class HostRows:
             bias[1, : len(ids)] = np.array(values, np.float32).view(np.int32)
             bias[2, : len(ids)] = untils
         return bias
-
-
-def check_sampling(params_stop_ids: Sequence[int], vocab_size: int, logit_bias: dict[int, float] | None) -> None:
-    """ValueError where a request names ids outside the vocabulary, or bans more ids than a row holds."""
-    if len(params_stop_ids) > MAX_BANNED_IDS:
-        raise ValueError(f"stop_token_ids has {len(params_stop_ids)} ids: expected at most {MAX_BANNED_IDS}")
-    for name, ids in (("stop_token_ids", params_stop_ids), ("logit_bias", logit_bias or {})):
-        for token_id in ids:
-            if not 0 <= token_id < vocab_size:
-                raise ValueError(f"{name} has id {token_id}: expected 0 to {vocab_size - 1}")

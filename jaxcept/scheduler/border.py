@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jaxcept.scheduler.config import SchedulerConfig
+from jaxcept.scheduler.params import SamplingParams
 
 MAX_TOKEN_ID = 2**31 - 1  # token ids travel as int32
 
@@ -20,6 +21,12 @@ def check_ids(name: str, token_ids: tuple[int, ...], config: SchedulerConfig) ->
     for token_id in (min(token_ids), max(token_ids)) if token_ids else ():
         if not 0 <= token_id <= limit:
             raise ValueError(f"{name} has id {token_id}: expected 0 to {limit}")
+
+
+def check_params(params: SamplingParams, config: SchedulerConfig) -> None:
+    """ValueError unless the tokens that the parameters name are of the vocabulary."""
+    check_ids("logit_bias", tuple(params.logit_bias or ()), config)
+    check_ids("stop_token_ids", tuple(params.stop_token_ids), config)
 
 
 def check_prompt(prompt_ids: tuple[int, ...], config: SchedulerConfig) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
+MAX_STOP_TOKEN_IDS = 128
 MAX_STOP_STRING_CHARS = 1024
 MAX_N = 128
 MAX_LOGIT_BIAS = 512
@@ -106,6 +107,8 @@ class SamplingParams:
                      f"non-empty strings of at most {MAX_STOP_STRING_CHARS} characters")  # fmt: skip
         object.__setattr__(self, "stop", tuple(stop))
         _require(isinstance(self.stop_token_ids, tuple | list), "stop_token_ids", self.stop_token_ids, "a list of ids")
+        _require(len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS, "stop_token_ids", len(self.stop_token_ids),
+                 f"at most {MAX_STOP_TOKEN_IDS} ids")  # fmt: skip
         for token_id in self.stop_token_ids:
             _require(_is_int(token_id) and token_id >= 0, "stop_token_ids", token_id, "ids of 0 or more")
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))

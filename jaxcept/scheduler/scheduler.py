@@ -14,7 +14,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 
 from jaxcept.scheduler.book import Book
-from jaxcept.scheduler.border import StateError, check_ids, check_prompt
+from jaxcept.scheduler.border import StateError, check_ids, check_params, check_prompt
 from jaxcept.scheduler.check import check_all
 from jaxcept.scheduler.config import SchedulerConfig
 from jaxcept.scheduler.counters import Counters
@@ -76,6 +76,7 @@ class Scheduler:
         if request.request_id in self._book.families:
             raise ValueError(f"request_id={request.request_id!r}: expected one that no unfinished request has")
         check_prompt(request.prompt_ids, self.config)
+        check_params(request.params, self.config)
         family = Family(request)
         arrival = now if request.arrival is None else request.arrival
         for index in range(request.params.n):
@@ -101,6 +102,7 @@ class Scheduler:
         if request.request_id in self._book.families:
             raise ValueError(f"request_id={request.request_id!r}: expected one that no unfinished request has")
         check_prompt(request.prompt_ids, self.config)
+        check_params(request.params, self.config)
         if request.params.n != 1 or len(seq.family.sequences) != 1:
             raise ValueError(f"n={request.params.n}: expected one completion, for a context is taken over by one alone")
         if request.params.prompt_logprobs is not None:

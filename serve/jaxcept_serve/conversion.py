@@ -10,7 +10,7 @@ course of a turn stand beside its text, under SERVER_CALLS, for they are in the 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxcept_serve.turns import FullCall
@@ -51,10 +51,14 @@ def tool_message(call_id: str, text: str | list[dict[str, str]]) -> Message:
 
 
 class Conversation:
-    """Collects the messages of a conversation in order; an assistant's texts and calls join into its turn."""
+    """Collects the messages of a conversation in order; an assistant's texts and calls join into its turn.
 
-    def __init__(self) -> None:
+    `open_calls` are ids of calls that what was said before left to be answered.
+    """
+
+    def __init__(self, open_calls: Iterable[str] = ()) -> None:
         self.messages: list[Message] = []
+        self._open_calls = set(open_calls)
         self._turn: Message | None = None  # the assistant's turn that may go on
 
     def add(self, role: str, content: str | list[dict[str, str]]) -> None:
@@ -76,6 +80,7 @@ class Conversation:
     def add_call(self, call_id: str, name: str, arguments: str) -> None:
         """A call of the assistant for its client; it belongs to the text before it."""
         self._going_on().setdefault("tool_calls", []).append(chat_call(call_id, name, arguments))
+        self._open_calls.add(call_id)
 
     def add_server_call(self, call_id: str, name: str, arguments: str, result: str) -> None:
         """A call that the server ran; the assistant's turn goes on behind it."""
@@ -89,10 +94,22 @@ class Conversation:
         assert self._turn is not None, "a turn has begun"
         return self._turn
 
-    def add_answer(self, call_id: str, content: str | list[dict[str, str]]) -> None:
-        """A tool's answer."""
+    def add_answer(self, call_id: str, content: str | list[dict[str, str]], where: str) -> None:
+        """A tool's answer. Raises ServiceError 400, naming `where`, unless the call is still to be answered."""
+        if call_id not in self._open_calls:
+            raise bad(where, f"{shown(call_id)} is no call that is still to be answered")
+        self._open_calls.discard(call_id)
         self._turn = None
         self.messages.append(tool_message(call_id, content))
+
+
+def open_calls_of(messages: Iterable[Object]) -> set[str]:
+    """Ids of the calls that the messages leave to be answered."""
+    found: set[str] = set()
+    for message in messages:
+        found |= {call["id"] for call in message.get("tool_calls", ())}
+        found.discard(message.get("tool_call_id", ""))
+    return found
 
 
 def with_one_system(messages: Sequence[Object]) -> list[Object]:
@@ -117,7 +134,7 @@ def with_server_calls(messages: Sequence[Object]) -> list[Object]:
         for call in calls:
             conversation.add_text(message["content"][told : call["after"]])
             conversation.add_call(call["id"], call["name"], call["arguments"])
-            conversation.add_answer(call["id"], call["result"])
+            conversation.add_answer(call["id"], call["result"], SERVER_CALLS)
             told = call["after"]
         rest = {name: value for name, value in message.items() if name != SERVER_CALLS}
         last = {**rest, "content": message["content"][told:]}
@@ -129,13 +146,17 @@ def with_server_calls(messages: Sequence[Object]) -> list[Object]:
 
 
 def messages_of_items(
-    items: Sequence[Any], resolve: Callable[[str], Object | None], where: str = "input"
+    items: Sequence[Any],
+    resolve: Callable[[str], Object | None],
+    where: str = "input",
+    open_calls: Iterable[str] = (),
 ) -> list[Message]:
-    """The messages that items make. `resolve` finds the item of an item_reference, None where there is none.
+    """The messages that items make. `resolve` finds the item of an item_reference, None where there is none;
+    `open_calls` are the calls that the conversation before them left to be answered.
 
     Raises ServiceError, naming the field, for what a text model cannot take.
     """
-    conversation = Conversation()
+    conversation = Conversation(open_calls)
     for i, item in enumerate(items):
         _add_item(conversation, as_object(item, f"{where}[{i}]"), resolve, f"{where}[{i}]")
     return conversation.messages
@@ -150,7 +171,7 @@ def _add_item(conversation: Conversation, item: Object, resolve: Callable[[str],
             conversation.add_call(*_call_fields(item, "call_id", where))
         case "function_call_output":
             call_id = filled_text(item.get("call_id"), f"{where}.call_id")
-            conversation.add_answer(call_id, _texts(item.get("output"), f"{where}.output"))
+            conversation.add_answer(call_id, _texts(item.get("output"), f"{where}.output"), f"{where}.call_id")
         case "mcp_call":
             conversation.add_server_call(*_call_fields(item, "id", where), mcp_call_text(item))
         case "reasoning" | "mcp_list_tools":
@@ -286,7 +307,7 @@ def _add_user_blocks(conversation: Conversation, blocks: list[Any], where: str) 
         answers = _block_texts("" if content is None else content, f"{at}.content")
         if block.get("is_error") is True and not "".join(answers).lower().startswith("error"):
             answers = ["error: " + "".join(answers[:1]), *answers[1:]]  # as our own tools tell the model
-        conversation.add_answer(call_id, content_of(answers))
+        conversation.add_answer(call_id, content_of(answers), f"{at}.tool_use_id")
         num_results += 1
     if texts or not num_results:
         conversation.add("user", content_of(texts))

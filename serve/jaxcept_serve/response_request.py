@@ -9,7 +9,7 @@ from typing import Any
 from jaxcept.scheduler.params import MAX_LOGPROBS, SamplingParams
 from jaxcept_serve.api import HINT_FIELDS, MAX_NAME_CHARS, all_fields
 from jaxcept_serve.client_tools import ToolLimits, constrained_to_json, constrained_to_schema, read_function
-from jaxcept_serve.conversion import SERVER_LABEL, Message, messages_of_items
+from jaxcept_serve.conversion import SERVER_LABEL, Message, messages_of_items, open_calls_of
 from jaxcept_serve.limits import ServerOptions
 from jaxcept_serve.turns import Hints
 from jaxcept_serve.wire import Body, Field, as_array, as_object, as_text, bad, from_value_error, refuse_fields, shown
@@ -94,9 +94,12 @@ def refuse_unsupported(body: Body) -> None:
 
 
 def read_input(
-    values: Body, resolve: Callable[[str], Mapping[str, Any] | None], options: ServerOptions
+    values: Body,
+    resolve: Callable[[str], Mapping[str, Any] | None],
+    options: ServerOptions,
+    before: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[list[Mapping[str, Any]], list[Message]]:
-    """(the input's items, its messages)."""
+    """(the input's items, its messages). `before` are the messages that it goes on from."""
     given = values["input"]
     if given is None:
         if values["previous_response_id"] is None:
@@ -108,7 +111,7 @@ def read_input(
         raise bad("input", f"expected a string or an array of items, got {shown(given)}")
     if len(given) > options.max_messages:
         raise bad("input", f"expected at most {options.max_messages} items, got {len(given)}")
-    messages = messages_of_items(given, resolve)
+    messages = messages_of_items(given, resolve, open_calls=open_calls_of(before))
     if not messages and values["previous_response_id"] is None and not values["instructions"]:
         raise bad("input", "expected at least one message")
     return given, messages

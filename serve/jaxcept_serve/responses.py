@@ -155,8 +155,9 @@ class Responses:
         response_id = f"resp_{uuid.uuid4().hex}"
         model = api.check_model(values["model"])
         previous = self._previous(values["previous_response_id"], caller)
-        given, own = read_input(values, lambda item_id: self.store.item(caller.salt, item_id), api.options)
-        messages = [*(() if previous is None else previous.messages), *own]
+        before = () if previous is None else previous.messages
+        given, own = read_input(values, lambda item_id: self.store.item(caller.salt, item_id), api.options, before)
+        messages = [*before, *own]
         tool_choice, tools = read_tool_choice(values["tool_choice"], read_tools(values, api.options))
         hints = api.hints(values, request)
         conversation = hints.conversation or response_id if previous is None else previous.conversation

@@ -11,6 +11,7 @@ from jaxcept.scheduler.params import (
     MAX_N,
     MAX_STOP_STRING_CHARS,
     MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
     SamplingParams,
 )
 from jaxcept_serve.client_tools import constrained, constrained_to_json, constrained_to_schema
@@ -72,7 +73,7 @@ SAMPLING_FIELDS = (
           schema={"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
     Field("stop_token_ids", "any", "Tokens that end a completion.", default=(),
           schema={"type": "array", "items": {"type": "integer"}},
-          read=lambda value, path: tuple(as_token_ids(as_array(value, path, 1024), path))),
+          read=lambda value, path: tuple(as_token_ids(as_array(value, path, MAX_STOP_TOKEN_IDS), path))),
     Field("include_stop_str_in_output", "boolean", default=False),
     Field("ignore_eos", "boolean", default=False),
     Field("min_tokens", "integer", default=0, minimum=0, maximum=MAX_INT),
