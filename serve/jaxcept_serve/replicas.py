@@ -173,14 +173,14 @@ class ReplicaService:
         """Starts a turn; returns once an engine has accepted it."""
         run = _Run(self, turn, caller, self._digests(turn, caller), _name_of(turn, caller))
         await run.start()
-        return run.events()
+        return run
 
     async def complete(self, turn: PromptTurn, caller: Caller) -> AsyncIterator[TurnEvent]:
         """The same for a prompt as it stands."""
         digests = [b"", extend_digest(caller.salt.encode(), {"role": "prompt", "content": turn.prompt})]
         run = _Run(self, turn, caller, digests, _name_of(turn, caller))
         await run.start()
-        return run.events()
+        return run
 
     def engine(self, name: str) -> RemoteEngine:
         """The engine of that name."""
@@ -223,7 +223,7 @@ class ReplicaService:
 
 
 class _Run:
-    """One turn, on one engine after another if need be."""
+    """One turn, on one engine after another if need be: its events, once it is started."""
 
     def __init__(
         self, service: ReplicaService, turn: Turn, caller: Caller, digests: Sequence[bytes], name: bytes | None
@@ -234,6 +234,23 @@ class _Run:
         self._stream: AsyncGenerator[TurnEvent, None]
         self._sent: list[TurnEvent] = []
         self._held: bytes | None = None
+        self._is_started = False
+        self._events = self._write()
+
+    def __aiter__(self) -> _Run:
+        return self
+
+    async def __anext__(self) -> TurnEvent:
+        self._is_started = True
+        return await anext(self._events)
+
+    async def aclose(self) -> None:
+        """Ends the turn, if it has not ended. A generator would not, where nobody asked for its first event."""
+        await self._events.aclose()
+        if not self._is_started:
+            self._is_started = True
+            self._service.router.end(self._engine)
+            await self._stream.aclose()
 
     async def start(self) -> None:
         """Returns once an engine has accepted the turn. ServiceError."""
@@ -257,7 +274,7 @@ class _Run:
                 self._service.router.end(choice.engine)
                 raise
 
-    async def events(self) -> AsyncGenerator[TurnEvent, None]:
+    async def _write(self) -> AsyncGenerator[TurnEvent, None]:
         """The turn's events. ServiceError 503 where its engine died and it cannot begin anew unnoticed."""
         is_running = True
         try:
