@@ -58,7 +58,8 @@ class StructuredOutput:
         for name in ("regex", "grammar"):
             value = getattr(self, name)
             _require(value is None or (isinstance(value, str) and bool(value)), name, str(value)[:40], "a text")
-        _require(isinstance(self.json_schema, Mapping | str | bool | None), "json_schema", str(self.json_schema)[:40],
+        schema = self.json_schema  # of any depth: it is not shown
+        _require(isinstance(schema, Mapping | str | bool | None), "json_schema", type(schema).__name__,
                  "an object, or JSON text")  # fmt: skip
         _require(isinstance(self.json_object, bool), "json_object", self.json_object, "True or False")
         if self.choice is not None:
@@ -149,7 +150,7 @@ class SamplingParams:
             _require(value is None or (_is_int(value) and 0 <= value <= MAX_LOGPROBS), name, value,
                      f"0 to {MAX_LOGPROBS}, or None")  # fmt: skip
         _require(self.structured is None or isinstance(self.structured, StructuredOutput), "structured",
-                 str(self.structured)[:40], "a StructuredOutput, or None")  # fmt: skip
+                 type(self.structured).__name__, "a StructuredOutput, or None")  # fmt: skip
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
 

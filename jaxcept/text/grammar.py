@@ -140,8 +140,7 @@ class GrammarCompiler:
 
     def json_schema(self, schema: Mapping[str, Any] | str | bool, field: str = "json_schema") -> Matcher:
         """A matcher of JSON that is valid by the schema. GrammarError, naming `field`, where that cannot be."""
-        text = schema_text(schema, field)
-        return self._matcher(_Source("schema", text), field)
+        return self._matcher(_Source("schema", schema_rule(schema, field)), field)
 
     def json_object(self) -> Matcher:
         """A matcher of any JSON object."""
@@ -194,7 +193,7 @@ class GrammarCompiler:
     def _compile(self, source: _Source, field: str) -> Matcher:
         kind, text = source
         if kind == "schema":
-            grammar = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": SPACES})
+            grammar = LLMatcher.grammar_from_lark(f"start: %json {text}")
         elif kind == "regex":
             grammar = LLMatcher.grammar_from_regex(text)
         else:
@@ -228,12 +227,12 @@ def schema_text(schema: Mapping[str, Any] | str | bool, field: str) -> str:
 def schema_rule(schema: Mapping[str, Any] | str | bool, field: str, is_lenient: bool = False) -> str:
     """The schema as the JSON text behind %json in a lark grammar. `is_lenient` leaves unknown keywords out."""
     value = json.loads(schema_text(schema, field))
-    if isinstance(value, bool):
-        return json.dumps(value)
+    if value is False:
+        raise GrammarError(f"{field}: no value is valid by it")
     options: dict[str, Any] = {"whitespace_pattern": SPACES}
     if is_lenient:
         options["lenient"] = True
-    return json.dumps(value | {"x-guidance": options})
+    return json.dumps(({} if value is True else value) | {"x-guidance": options})
 
 
 def regex_rule(pattern: str) -> str:
@@ -284,6 +283,8 @@ def _text(text: object, field: str) -> str:
 
 def _first_line(message: str) -> str:
     lines = message.splitlines()
+    if len(lines) > 1 and lines[0].endswith("failed to compile JSON schema"):
+        del lines[0]  # what is wrong comes behind it
     return lines[0][:300] if lines else "it cannot be compiled"
 
 
