@@ -13,7 +13,8 @@ from starlette.routing import Route
 from jaxcept_serve.app import create_app
 from jaxcept_serve.chat import CHAT_FIELDS
 from jaxcept_serve.limits import ApiKey, ServerOptions
-from jaxcept_serve.turns import PromptTurn
+from jaxcept_serve.turn_chunks import retold
+from jaxcept_serve.turns import PromptTurn, ServiceError
 
 PATH = "/v1/completions"
 
@@ -214,3 +215,10 @@ def test_the_document_names_every_route(has_keys: bool):
     assert schema["properties"]["n"] == {"type": ["integer", "null"], "minimum": 1, "maximum": 128, "default": 1,
                                          "description": "Completions of the prompt."}  # fmt: skip
     assert ("security" in chat) == has_keys and "security" not in document["paths"]["/health"]["get"]
+
+
+def test_a_text_that_cannot_fit_is_told_as_too_long():
+    error = ServiceError(400, "prompt_ids has at least 5000 ids: expected at most 63", param="prompt")
+    told = retold(error, "messages", "response_format")
+    assert told.message == "messages: prompt is too long: 5000 tokens > 63 maximum"
+    assert (told.param, told.code) == ("messages", "context_length_exceeded")

@@ -355,3 +355,18 @@ def test_prompts_as_they_stand(service: EngineService):
             assert len(done.prompt_logprobs) == len(ids)
 
     run(completions())
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(
+    service: EngineService, monkeypatch: pytest.MonkeyPatch
+):
+    service._tokenizer.encode("warm")
+    monkeypatch.setattr(service._tokenizer, "encode", None)
+    monkeypatch.setattr(service._tokenizer, "encode_chat", None)
+    text = "a" * (1024 * service._tokenizer.max_token_chars)
+    for begun in (
+        lambda: service.chat(turn([{"role": "user", "content": text}]), ME),
+        lambda: service.complete(PromptTurn("x", text, GREEDY), ME),
+    ):
+        with pytest.raises(ServiceError, match="at least 1024 ids: expected at most 1023"):
+            run(begun())

@@ -32,7 +32,9 @@ class Tokenizer:
         self.special_tokens = dict(files.special_tokens)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self.max_token_chars = max(map(len, vocabulary), default=1)  # no token stands for more of a text
         self.bos_id = self._named_id("bos_token")
         self.eos_id = self._named_id("eos_token")
         stops = [*files.eos_token_ids, *([self.eos_id] if self.eos_id is not None else [])]

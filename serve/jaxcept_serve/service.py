@@ -168,7 +168,9 @@ class EngineService:
         """Starts a turn; returns once it is accepted."""
         self.require_ready()
         toolbox = self._tools_of(turn)
-        long = sum(len(str(message.get("content"))) for message in turn.messages) > LONG_TEXT
+        num_chars = sum(len(str(message.get("content"))) for message in turn.messages)
+        self._require_fit(num_chars)
+        long = num_chars > LONG_TEXT
         prompt = (
             await asyncio.to_thread(self._encode, turn, toolbox, caller)
             if long
@@ -217,9 +219,17 @@ class EngineService:
         """Ids of a prompt that is given as it stands; a long one is encoded beside the event loop."""
         if not isinstance(prompt, str):
             return list(prompt)
+        self._require_fit(len(prompt))
         if len(prompt) > LONG_TEXT:
             return await asyncio.to_thread(self._tokenizer.encode, prompt, add_special_tokens)
         return self._tokenizer.encode(prompt, add_special_tokens)
+
+    def _require_fit(self, num_chars: int) -> None:
+        """Refuses a text that cannot fit before it is encoded, which takes seconds for megabytes."""
+        at_least = num_chars // self._tokenizer.max_token_chars
+        if at_least >= self.max_model_len:
+            limit = self.max_model_len - 1
+            raise ServiceError(400, f"prompt_ids has at least {at_least} ids: expected at most {limit}", param="prompt")
 
     async def _watch(self, run: _Run, on_held: Callable[[TurnFinished], None]) -> AsyncGenerator[TurnEvent, None]:
         """The events of a turn; whoever closes them early aborts it."""

@@ -9,7 +9,7 @@ from jaxcept_serve.sse import closing
 from jaxcept_serve.turns import Caller, ChatTurn, Service, ServiceError, TurnEvent
 from jaxcept_serve.wire import bad
 
-_TOO_LONG = re.compile(r"prompt_ids has (\d+) ids: expected at most (\d+)")
+_TOO_LONG = re.compile(r"prompt_ids has (?:at least )?(\d+) ids: expected at most (\d+)")
 _CONSTRAINT_FIELDS = ("structured", "json_schema", "regex", "grammar", "choice")
 _PROMPT_FIELDS = ("prompt", "messages")
 
