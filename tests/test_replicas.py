@@ -125,7 +125,7 @@ def test_an_engine_that_is_gone_is_passed_over(
     engines[0].deaths = [-1]
     assert chat(service, "hi") == engines[1].script()
     assert service.router.up == ("b",) and service.is_ready
-    assert "a died, with the contexts of 0 conversations" in caplog.text
+    assert "a died, with the contexts of 0 turns" in caplog.text
 
 
 @pytest.mark.parametrize("death", [0, 1, 2, 3, 4])
@@ -183,7 +183,7 @@ def test_conversations_of_a_dead_engine_are_named_when_they_come_back(
     engines[0].deaths = [-1]
     caplog.set_level(logging.WARNING)
     chat(service, "unknown")
-    assert "with the contexts of 3 conversations" in caplog.text  # one of them by its name as well
+    assert "with the contexts of 3 turns" in caplog.text  # one of them by its name as well
     chat(service, "hi", "rewritten by the client", "more", conversation="mine")
     assert "r: its conversation was on a, which died: recomputed on b" in caplog.text
 
@@ -194,7 +194,7 @@ def test_an_engine_that_was_replaced_unnoticed_has_lost_its_contexts(
     chat(service, "hi", conversation="mine")
     service.report("a", replace(TOLD, birth="second"))
     assert service.is_ready and service.router.up == ("a", "b")
-    assert "a died, with the contexts of 2" in caplog.text
+    assert "a died, with the contexts of 2 turns" in caplog.text
     service.report("a", replace(TOLD, birth="second", figures={"generated_tokens": 5.0}))
     assert service.metrics() == {"generated_tokens": 8.0, "num_engines": 2.0}
 

@@ -200,7 +200,7 @@ class ReplicaService:
         """An engine is gone, until it reports again."""
         if name in self.router.up:
             count = self.router.down(name)
-            logger.error("%s died, with the contexts of %d conversations", name, count)
+            logger.error("%s died, with the contexts of %d turns", name, count)
 
     def _take_reports(self) -> None:
         while self._reports:

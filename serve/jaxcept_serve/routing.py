@@ -100,7 +100,7 @@ class Router:
                 self._note(key, engine, holds=True)
 
     def down(self, engine: str) -> int:
-        """An engine died, and its contexts with it: how many conversations it held."""
+        """An engine died, and its contexts with it: how many turns it had ended, of which it knew the context."""
         self._is_down[engine] = True
         count = 0
         for digest in list(self._known):
