@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from jaxcept import AsyncLLM, SamplingParams, tool
+from jaxcept.scheduler.params import StructuredOutput
 from jaxcept.tools.builtin import calculator
 from jaxcept.tools.calls import ToolCall
 from jaxcept.tools.parsers import make_parser
@@ -297,6 +298,45 @@ async def dictated(service: EngineService, asked: ChatTurn, ids: Sequence[int]) 
     finally:
         service.llm.session.engine.pipeline_depth = depth
         service.llm.session.engine.runner.collect = sample
+
+
+def test_a_tool_can_be_required_and_its_arguments_match_its_schema(service: EngineService):
+    """Whatever the model would say: at a high temperature, too."""
+    schema = {
+        "type": "object",
+        "properties": {"unit": {"enum": ["km", "m"]}, "value": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["unit", "value"],
+        "additionalProperties": False,
+    }
+    measure = {"type": "function", "function": {"name": "measure", "description": "Measures.", "parameters": schema}}
+    tools = [CALCULATOR.schema, measure]
+
+    async def turns() -> None:
+        hello = [{"role": "user", "content": "Hello"}]
+        for seed in range(4):
+            params = SamplingParams(temperature=1.5, seed=seed, max_tokens=200)
+            asked = turn(hello, tools=tools, tool_choice="measure", params=params, parallel_tool_calls=False)
+            finished, _ = await ask(service, asked)
+            (call,) = finished.calls
+            arguments = json.loads(call.arguments)
+            assert call.name == "measure" and arguments["unit"] in ("km", "m") and 0 <= arguments["value"] <= 99
+            finished, _ = await ask(service, turn(hello, tools=tools, tool_choice="required", params=params))
+            assert finished.finish_reason == "tool_calls" and finished.calls
+        finished, _ = await ask(service, turn(QUESTION, tool_choice="none"))
+        assert not finished.calls
+        number = {"type": "integer", "minimum": 0, "maximum": 999}
+        answer = {"type": "object", "properties": {"sum": number}, "required": ["sum"], "additionalProperties": False}
+        params = SamplingParams(
+            temperature=1.0, seed=1, max_tokens=200, structured=StructuredOutput(json_schema=answer)
+        )
+        finished, _ = await ask(service, turn(hello, tools=[], params=params))
+        assert type(json.loads(finished.text)["sum"]) is int
+        bad = SamplingParams(structured=StructuredOutput(json_schema={"type": "nothing"}))
+        with pytest.raises(ServiceError) as error:
+            await service.chat(turn(hello, tools=[], params=bad), ME)
+        assert error.value.status == 400 and error.value.param
+
+    run(turns())
 
 
 def test_closing_a_turn_early_frees_everything(service: EngineService, llm: AsyncLLM):

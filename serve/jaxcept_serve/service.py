@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from jaxcept.async_llm import AsyncLLM, Stream
+from jaxcept.constraint import ToolChoice, ToolMode
 from jaxcept.conversations import CallRef, Conversations, Digest, KnownTurn, digests_of, extend_digest
 from jaxcept.engine import EngineDeadError
 from jaxcept.outputs import Delta, RequestOutput, Spent
@@ -179,6 +180,7 @@ class EngineService:
         hold_s = self._hold_s(turn)
         calls = toolbox if toolbox is not None and len(toolbox) and turn.tool_choice != "none" else None
         options = self._options(turn, hold_s)
+        await self._check(turn.params, options, calls)
         follows = self.conversations.take(prompt.known) if prompt.known is not None and turn.params.n == 1 else None
         try:
             stream = await self.llm.submit(
@@ -202,6 +204,7 @@ class EngineService:
         """Starts a completion of a prompt as it stands."""
         self.require_ready()
         ids = await self.ids_of(turn.prompt, turn.add_special_tokens)
+        await self._check(turn.params, None, None)
         try:
             stream = await self.llm.submit(
                 ids,
@@ -214,6 +217,15 @@ class EngineService:
         except (ValueError, EngineDeadError) as error:
             refuse(error)
         return _Watched(self._watch(_Run(self, turn.params, ids, None, stream), lambda finished: None), stream)
+
+    async def _check(self, params: SamplingParams, options: InterceptOptions | None, calls: Toolbox | None) -> None:
+        """Compiles what the output is bound to beside the event loop, before the engine needs it."""
+        if params.structured is None and calls is None:
+            return
+        try:
+            await asyncio.to_thread(self.llm.session.check, params, options, calls)
+        except ValueError as error:
+            refuse(error)
 
     async def ids_of(self, prompt: str | Sequence[int], add_special_tokens: bool = True) -> list[int]:
         """Ids of a prompt that is given as it stands; a long one is encoded beside the event loop."""
@@ -288,6 +300,7 @@ class EngineService:
             timeout_s=self.hold.intercept_timeout_s,
             hold_s=hold_s,
             expected_s={name: expected for name in names if expected is not None},
+            tool_choice=_tool_choice(turn),
         )
         return options if turn.max_tool_calls is None else replace(options, max_interceptions=turn.max_tool_calls)
 
@@ -571,6 +584,13 @@ class _Run:
 
 def _is_whole(call: ParsedCall) -> bool:
     return isinstance(call, ToolCall)
+
+
+def _tool_choice(turn: ChatTurn) -> ToolChoice:
+    modes = {mode.value: mode for mode in ToolMode}
+    mode = modes.get(turn.tool_choice)
+    name = turn.tool_choice if mode is None else None
+    return ToolChoice(ToolMode.AUTO if mode is None else mode, name, turn.parallel_tool_calls)
 
 
 def _settings(turn: ChatTurn, toolbox: Toolbox | None) -> dict[str, Any]:
