@@ -6,12 +6,9 @@ import asyncio
 import random
 import threading
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, cast
+from typing import cast
 
 import uvicorn
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
 
 from jaxcept.clock import MonotonicClock
 from jaxcept.engine import Engine
@@ -28,9 +25,20 @@ from jaxcept_serve.app import create_app
 from jaxcept_serve.lanes import Lanes
 from jaxcept_serve.limits import ServerOptions
 from jaxcept_serve.page import live_routes
-from jaxcept_serve.sse import DONE, event
 from jaxcept_serve.telemetry import Telemetry
-from jaxcept_serve.turns import Service
+from jaxcept_serve.turns import (
+    CallDelta,
+    Caller,
+    ChatTurn,
+    FullCall,
+    Service,
+    TextDelta,
+    ToolAnswered,
+    TurnDone,
+    TurnEvent,
+    TurnFinished,
+    Usage,
+)
 from tests.fakes import FakeRunner
 
 TOOLS = ("calculator", "lookup", "convert", "search")
@@ -101,39 +109,29 @@ class FakeTraffic:
 
 
 class RoteService:
-    """As much of a service as the routes of the page ask for."""
+    """As much of a service as the page asks for: it calls a tool of the server's, and answers by rote."""
 
     model_names = ("fake",)
+    max_model_len = 256
+    is_alive = is_ready = True
 
     def metrics(self) -> dict[str, float]:
         return {}
 
+    async def chat(self, turn: ChatTurn, caller: Caller) -> AsyncIterator[TurnEvent]:
+        return self._events(turn)
 
-def rote_chat(api: Api) -> list[BaseRoute]:
-    """A chat route that calls a tool of the server's and tells the answer."""
-
-    async def chat(request: Request) -> Response:
-        body = await api.read_body(request)
-
-        def chunk(delta: dict[str, Any], **more: Any) -> bytes:
-            return event({"choices": [{"index": 0, "delta": delta, "finish_reason": None}], **more})
-
-        async def chunks() -> AsyncIterator[bytes]:
-            call = {"id": "call_1", "name": "calculator", "arguments": '{"expression": "37 * 91"}', "result": "3367",
-                    "is_error": False, "duration_s": 0.05}  # fmt: skip
-            yield chunk({"role": "assistant", "content": ""})
-            await asyncio.sleep(0.05)
-            yield chunk({"jaxcept_tool": call})
-            for word in ("37 * 91", " is", " 3367", f". <b>turn {len(body['messages'])}</b>"):
-                yield chunk({"content": word})
-            usage = {"prompt_tokens": 41, "completion_tokens": 9, "total_tokens": 50,
-                     "prompt_tokens_details": {"cached_tokens": 32}}  # fmt: skip
-            yield event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
-            yield event({"choices": [], "usage": usage}) + DONE
-
-        return api.stream(request, chunks())
-
-    return [Route("/v1/chat/completions", chat, methods=["POST"])]
+    async def _events(self, turn: ChatTurn) -> AsyncIterator[TurnEvent]:
+        arguments = '{"expression": "37 * 91"}'
+        yield CallDelta(0, 0, "call_1", "calculator", arguments, by_server=True)
+        await asyncio.sleep(0.05)
+        yield ToolAnswered(0, "call_1", "calculator", "3367", False, 0.05)
+        words = ("37 * 91", " is", " 3367", f". <b>turn {len(turn.messages)}</b>")
+        for word in words:
+            yield TextDelta(0, word)
+        call = FullCall("call_1", "calculator", arguments, by_server=True, result="3367")
+        yield TurnFinished(0, "stop", None, "".join(words), (call,), ())
+        yield TurnDone(Usage(prompt_tokens=41, completion_tokens=9, cached_tokens=32))
 
 
 class PageServer:
@@ -141,7 +139,7 @@ class PageServer:
 
     def __init__(self, traffic: FakeTraffic, options: ServerOptions | None = None) -> None:
         live = live_routes(traffic.lanes, lambda: traffic.telemetry.snapshot, "thirds")
-        app = create_app(cast(Service, RoteService()), options, extra_routes=[live, rote_chat])
+        app = create_app(cast(Service, RoteService()), options, extra_routes=[live])
         self.api: Api = app.state.api
         config = uvicorn.Config(app, port=0, log_level="warning", lifespan="off", timeout_graceful_shutdown=2)
         self._server = uvicorn.Server(config)
