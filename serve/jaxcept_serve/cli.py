@@ -27,7 +27,8 @@ from jaxcept.scheduler.policies.catalog import POLICIES
 from jaxcept.tools.definition import Tool
 from jaxcept.tools.load import load_tools
 from jaxcept.tools.parsers import PARSERS
-from jaxcept_serve import bench, convert, plan, serve
+from jaxcept_serve import bench, convert, plan
+from jaxcept_serve.optional import add_optional
 
 COST_FIELDS = (
     "overhead_s", "floor_s", "token_s", "context_token_s", "pair_s", "saturation_tokens", "kv_token_bytes",
@@ -83,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     for command in (generate, chat):
         add_engine_flags(command)
         add_sampling_flags(command)
-    serve.add_command(commands, add_engine_flags)
+    add_optional(commands, "serve", "serve", lambda serve: serve.add_command(commands, add_engine_flags))
     bench.add_commands(commands)
     convert.add_command(commands)
     plan.add_command(commands)
