@@ -14,7 +14,8 @@ def add_optional(commands: Any, name: str, module: str, add: Callable[[Any], obj
     try:
         found = importlib.import_module(f"jaxcept_serve.{module}")
     except ImportError as error:
-        parser = commands.add_parser(name, help="needs the extra serve: pip install 'jaxcept[serve]'", add_help=False)
+        told = "needs the extra serve: pip install 'jaxcept[serve]'"
+        parser = commands.add_parser(name, help=told, add_help=False, prefix_chars="\0")  # flags are words like others
         parser.add_argument("words", nargs=argparse.REMAINDER)
         parser.set_defaults(run=partial(_refuse, str(error)))
     else:
