@@ -27,7 +27,7 @@ from jaxcept.scheduler.policies.catalog import POLICIES
 from jaxcept.simulator.deployment import DEPLOYMENTS, load_deployment
 from jaxcept.simulator.mixes import WORKLOADS
 from jaxcept.simulator.report import Report, Slo
-from jaxcept_serve.optional import add_optional
+from jaxcept_serve import bench_serve
 
 DEFAULT_POLICIES = "discard,discard-ordered,preserve,swap,heuristic,prefix-lru,prefix-lru-offload,ttl,min-waste"
 
@@ -48,7 +48,7 @@ def add_commands(commands: Any) -> None:
     one.set_defaults(run=run_simulate)
     bench = commands.add_parser("bench", help="benchmarks", description="Benchmarks.")
     kinds = bench.add_subparsers(dest="kind", required=True)
-    add_optional(kinds, "serve", "bench_serve", lambda module: module.add_command(kinds))
+    bench_serve.add_command(kinds)
     many = kinds.add_parser(
         "intercept",
         help="every policy on the same requests",

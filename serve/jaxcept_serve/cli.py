@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"jaxcept {args.command}: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"jaxcept {args.command}: {error}: pip install 'jaxcept[serve]'", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     return status
