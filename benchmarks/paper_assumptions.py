@@ -60,7 +60,9 @@ def assumptions() -> Iterator[Assumption]:
         changed = replace(base, costs=replace(costs, context_token_s=read_s))
         yield Assumption(f"and the context is read at {share:.0%} of the memory's bandwidth", changed, plain)
     for host_s in (0.01, 0.02):
-        yield Assumption(f"and the host takes {host_s * 1e3:g} ms a step", base, SimOptions(host_s=host_s, pipeline_depth=0))
+        yield Assumption(
+            f"and the host takes {host_s * 1e3:g} ms a step", base, SimOptions(host_s=host_s, pipeline_depth=0)
+        )
     yield Assumption("and 40 GB of device memory", load_deployment("gptj-6b@a100-40gb"), plain)
     yield Assumption("and at most 32 sequences", replace(base, max_num_seqs=32), plain)
 
@@ -98,10 +100,16 @@ def main() -> None:
         (discard, report), (min_waste, _) = (sustained(assumption, policy, traffic, args.bound) for policy in POLICIES)
         lines.append(Line(assumption.name, discard, min_waste, min_waste / discard, report.recompute_share))
         console.log(lines[-1])
-    table = Table("assumption", "discard, req/s", "min-waste-paper, req/s", "ratio", "recompute, share of discard's time")
+    table = Table(
+        "assumption", "discard, req/s", "min-waste-paper, req/s", "ratio", "recompute, share of discard's time"
+    )
     for line in lines:
         table.add_row(
-            line.name, f"{line.discard:.2f}", f"{line.min_waste:.2f}", f"{line.ratio:.2f}", f"{line.recompute_share:.0%}"
+            line.name,
+            f"{line.discard:.2f}",
+            f"{line.min_waste:.2f}",
+            f"{line.ratio:.2f}",
+            f"{line.recompute_share:.0%}",
         )
     console.print(table)
     if args.out is not None:

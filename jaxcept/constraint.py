@@ -161,6 +161,8 @@ class ConstraintMaker:
         if grammar is None:
             return None
         if structured is not None:
+            if structured.grammar is None:
+                self._alone(structured)  # beside calls, an answer that no text can be would go unnoticed
             return self._turn(grammar, choice, structured)
         for rules in grammar.rest.values():
             self._compiler.lark(rules, "tools")
@@ -192,7 +194,9 @@ class ConstraintMaker:
 
 def _answer_rule(structured: StructuredOutput) -> str:
     if structured.grammar is not None:
-        raise GrammarError("grammar: expected no tools beside it; give a JSON schema, a regex or a choice")
+        raise GrammarError(
+            "grammar: expected no tools beside it (tool_choice none); or give a JSON schema, a regex or a choice"
+        )
     if structured.regex is not None:
         return f"answer: {regex_rule(structured.regex)}"
     if structured.choice is not None:

@@ -34,6 +34,7 @@ from jaxcept.scheduler.plan import (
     StepPlan,
     TableUpdate,
 )
+from jaxcept_models.saving import convert_checkpoint
 from jaxcept_serve.cli import main
 
 SETTINGS = {"jax": "1"}
@@ -54,10 +55,11 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = build_checkpoint("llama2", tmp_path_factory.mktemp("model"), vocab_size=768, num_hidden_layers=1)
+    folder = build_checkpoint("llama2", tmp_path_factory.mktemp("hosts") / "model", vocab_size=768, num_hidden_layers=1)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(shipped_model() / name, folder / name)
     HAND.save(folder / "costs.json")
+    convert_checkpoint(folder, folder.with_name("checkpoint"))
     return folder
 
 
@@ -66,7 +68,14 @@ def children(folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
     port = str(free_port())
     made = [
         subprocess.Popen(
-            [sys.executable, str(CHILD), str(host_id), port, str(folder), str(folder / "costs.json")],
+            [
+                sys.executable,
+                str(CHILD),
+                str(host_id),
+                port,
+                str(folder.with_name("checkpoint")),
+                str(folder / "costs.json"),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -54,7 +54,7 @@ def test_a_later_request_goes_on_with_the_context():
     chunk = rig.runner.plans[before].chunks[0]
     assert len(chunk.token_ids) == 3, "its last token and the two that are new"
     assert end.timing.arrival > record.started_at and end.timing.first_token_at is not None
-    with pytest.raises(StateError, match="first' is finished .continued"):
+    with pytest.raises(StateError, match=r"first' is finished .continued"):
         rig.engine.resume("first", (1,))
 
 

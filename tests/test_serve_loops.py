@@ -49,7 +49,7 @@ def make_app(llm: AsyncLLM) -> Callable[..., Starlette]:
     def make(tools: Sequence[Tool] = ()) -> Starlette:
         box = Toolbox(tools)
         service = EngineService(llm, ["shipped"], tools=lambda: box, make_parser=lambda: make_parser(parser))
-        return create_app(service, )
+        return create_app(service)
 
     return make
 

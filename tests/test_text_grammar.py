@@ -62,7 +62,7 @@ def random_schema(rng, depth=0):  # noqa: PLR0911
     if kind == "enum":
         return {"enum": rng.sample(["a", "b c", 'q"', "é", 1, -2.5, True, None, "\n"], rng.randint(1, 5))}
     if kind == "pattern":
-        return {"type": "string", "pattern": rng.choice(["^[a-c]{2,5}$", r"^\d{4}-\d{2}$", "^(x|yy)+z{1,3}$"])}
+        return {"type": "string", "pattern": rng.choice(["^[a-c]{2,5}$", r"^\d{4}-\d{2}$", "^(x|yy){1,4}z{1,3}$"])}
     if kind == "object":
         names = rng.sample(["a", "b b", "ç", "d", "e"], rng.randint(1, 4))
         properties = {name: random_schema(rng, depth + 1) for name in names}

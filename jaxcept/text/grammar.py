@@ -20,7 +20,7 @@ MAX_DEPTH = 64  # of a schema
 MAX_VALUES = 20_000  # in a schema, whatever their kind
 MAX_CHOICES = 1_000
 MAX_CACHED = 256  # compiled constraints
-SPACES = r"[ \n]{1,20}"  # between the parts of a JSON value: without a bound a model may write nothing else
+SPACES = r" |\n[ \t]{0,20}"  # between the parts of a JSON value: without a bound a model may write nothing else
 _DATA = frozenset({"const", "enum", "default", "examples"})  # keywords whose value is no schema
 
 _LIMITS = LLParserLimits(

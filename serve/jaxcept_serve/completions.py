@@ -294,10 +294,11 @@ def _chunk(ask: _Ask, choice: Mapping[str, Any]) -> bytes:
 
 def _finish(finished: TurnFinished) -> Body:
     reason = finished.finish_reason
-    told: Body = {"finish_reason": reason if reason in ("stop", "length") else "stop"}
+    is_known = reason in ("stop", "length")
+    told: Body = {"finish_reason": reason if is_known else "stop"}
     if finished.stop_reason is not None:
         told["stop_reason"] = finished.stop_reason
-    return told
+    return told if is_known else {**told, "jaxcept_finish_reason": reason}
 
 
 def _sum(usages: Sequence[Usage]) -> Usage:

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
 ANSWER_S = 5.0
+FIRST_ANSWER_S = 60.0
 MAX_ONGOING = 100_000  # the server's gate and the engine's queue are the limits
 _ACCEPTED = "accepted"
 
@@ -93,10 +94,10 @@ class RayEngine:
         await anext(items)
         return items
 
-    def describe(self) -> Described:
-        """How it is; waits ANSWER_S at most. EngineLostError."""
+    def describe(self, timeout_s: float = ANSWER_S) -> Described:
+        """How it is. EngineLostError where it does not say so in time."""
         try:
-            told: Described = self.handle.describe.remote().result(timeout_s=ANSWER_S)
+            told: Described = self.handle.describe.remote().result(timeout_s=timeout_s)
         except (RayActorError, RayTaskError, RayServeException, TimeoutError) as error:
             raise EngineLostError(str(error)) from error
         return told
@@ -152,7 +153,7 @@ class Front:
     def __init__(self, config: ServeConfig, engines: Sequence[RayEngine]) -> None:
         self.config = config
         names = tuple(config.model_names) or (config.engine.model_name,)
-        described = [engine.describe() for engine in engines]
+        described = [engine.describe(FIRST_ANSWER_S) for engine in engines]
         self.service = ReplicaService(engines, described, load_tokenizer(config.engine), names)
         self.llm = self.service
         self.observation = Observation(names[0], self.service.max_model_len, config.engine.intercept_policy, None)
