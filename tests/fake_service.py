@@ -21,6 +21,7 @@ from jaxcept_serve.turns import (
     TurnDone,
     TurnEvent,
     TurnFinished,
+    TurnStarted,
     Usage,
 )
 
@@ -76,6 +77,7 @@ class FakeService:
         self.open.add(turn.request_id)
         count = turn.params.max_tokens or DEFAULT_TOKENS
         try:
+            yield TurnStarted(len(ids))
             for index in range(turn.params.n):
                 async for event in self._completion(turn, index, count):
                     yield event

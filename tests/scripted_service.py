@@ -18,6 +18,7 @@ from jaxcept_serve.turns import (
     TurnDone,
     TurnEvent,
     TurnFinished,
+    TurnStarted,
     Usage,
 )
 
@@ -26,12 +27,10 @@ Script = Sequence[TurnEvent | Exception | float]
 USAGE = Usage(prompt_tokens=20, completion_tokens=7, cached_tokens=12, cache_write_tokens=5)
 
 
-def said(
-    *texts: str, finish: str = "stop", stop: str | None = None, usage: Usage = USAGE, miss: str | None = None
-) -> Script:
+def said(*texts: str, finish: str = "stop", stop: str | None = None, usage: Usage = USAGE) -> Script:
     """A turn of text alone."""
     deltas = [TextDelta(0, text, (ord(text[0]),)) for text in texts]
-    return [*deltas, TurnFinished(0, finish, stop, "".join(texts), (), ()), TurnDone(usage, cache_miss_reason=miss)]
+    return [*deltas, TurnFinished(0, finish, stop, "".join(texts), (), ()), TurnDone(usage)]
 
 
 def called(*calls: tuple[str, str, str], text: str = "", by_server: bool = False) -> list[TurnEvent]:
@@ -103,7 +102,7 @@ class ScriptedService:
         if script and isinstance(script[0], ServiceError):
             raise script[0]
         self.num_started += 1
-        return Play(script, self)
+        return Play([TurnStarted(USAGE.prompt_tokens), *script], self)
 
     async def complete(self, turn: PromptTurn, caller: Caller) -> AsyncIterator[TurnEvent]:
         raise NotImplementedError

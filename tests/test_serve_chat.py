@@ -69,6 +69,24 @@ def test_a_streamed_answer():
     assert "usage" not in chunks_of(post(ask(stream=True)).text)[-1]
 
 
+def test_usage_all_along_a_stream():
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = chunks_of(post(ask(max_tokens=3, stream=True, stream_options=options)).text)
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [0, 1, 2, 3, 3, 3]
+    assert len({chunk["usage"]["prompt_tokens"] for chunk in chunks}) == 1
+
+
+def test_a_prewarmed_prompt():
+    """The prompt is computed, and nothing is said."""
+    service = FakeService()
+    asked = ask(max_tokens=50, n=2, logprobs=True, prompt_cache_options={"prewarm": True})
+    (choice,) = post(asked, service).json()["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"], choice["logprobs"]) == ("", "stop", None)
+    assert service.turns[0].params.max_tokens == 1 and service.turns[0].is_prewarm
+    chunks = chunks_of(post({**asked, "stream": True}).text)
+    assert [chunk["choices"][0]["delta"] for chunk in chunks] == [{"role": "assistant", "content": ""}, {}]
+
+
 def test_several_completions():
     answer = post(ask(n=3, max_tokens=2)).json()
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]

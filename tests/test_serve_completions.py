@@ -51,11 +51,13 @@ def test_every_form_of_prompt(prompt: Any, count: int):
 def test_prompts_times_n_are_numbered_through():
     body = {"prompt": ["one two", "three"], "n": 2, "max_tokens": 1, "best_of": 2}
     assert [choice["index"] for choice in post(body).json()["choices"]] == [0, 1, 2, 3]
-    chunks = chunks_of(post({**body, "stream": True, "stream_options": {"include_usage": True}}).text)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = chunks_of(post({**body, "stream": True, "stream_options": options}).text)
     texts = dict.fromkeys(range(4), "")
     for chunk in chunks[:-1]:
         texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
     assert texts == dict.fromkeys(range(4), " 1")
+    assert max(chunk["usage"]["completion_tokens"] for chunk in chunks[:-1]) == 4
     assert chunks[-1]["usage"]["completion_tokens"] == 4 and chunks[-1]["usage"]["prompt_tokens"] == 3
     assert len([chunk for chunk in chunks[:-1] if chunk["choices"][0]["finish_reason"]]) == 4
 

@@ -203,7 +203,10 @@ def test_cache_marks_say_how_long_the_context_is_held() -> None:
 
 def test_diagnostics_name_what_changed() -> None:
     usage = Usage(prompt_tokens=30, completion_tokens=2, cached_tokens=10)
-    service, app = make(said("A"), *[said("B", usage=usage, miss="messages[1] differs")] * 4, said("B"), said("B"))
+    cold = Usage(prompt_tokens=30, completion_tokens=2, cached_tokens=0)
+    service, app = make(
+        said("A"), *[said("B", usage=usage)] * 3, said("B", usage=cold), said("B", usage=usage), said("B")
+    )
     client = anthropic_sync(app)
     fields: Any = {"model": "tiny", "max_tokens": 9, "tools": [TOOL], "system": "s"}
     first = client.messages.create(**fields, messages=HI)
@@ -217,7 +220,7 @@ def test_diagnostics_name_what_changed() -> None:
 
     changed = told(messages=[{"role": "user", "content": "ho"}, *going_on[1:]])
     assert (changed.type, changed.cache_missed_input_tokens) == ("messages_changed", 20)
-    assert "messages[1]" in changed.message
+    assert "messages[0]" in changed.message
     assert told(tools=[]).type == "tools_changed"
     assert told(system="other").type == "system_changed"
     assert told().type == "unavailable", "the same prefix, and yet not held any more"

@@ -17,7 +17,7 @@ from jaxcept.tools.builtin import calculator
 from jaxcept.tools.calls import ToolCall
 from jaxcept.tools.parsers import make_parser
 from jaxcept.tools.toolbox import Toolbox
-from jaxcept_serve.service import EngineService, HoldOptions
+from jaxcept_serve.service import EngineService, HoldOptions, _tool_choice
 from jaxcept_serve.turns import (
     CallDelta,
     Caller,
@@ -236,6 +236,34 @@ def test_the_servers_tools_run_in_one_turn(llm: AsyncLLM, box: Toolbox):
         assert not (await ask(service, turn(QUESTION, tools=[], run_tools=())))[0].calls
         with pytest.raises(ServiceError, match="two tools are named"):
             await service.chat(turn(QUESTION), ME)
+
+    run(conversation())
+
+
+def test_so_many_calls_of_the_servers_tools_and_no_more(llm: AsyncLLM, box: Toolbox):
+    """Calls are counted, not turns of calls: with a bound they come one by one."""
+
+    async def conversation() -> None:
+        service = EngineService(llm, ["shipped"], tools=lambda: box, make_parser=lambda: make_parser("hermes"))
+        asked = [{"role": "user", "content": "What is 12 * 12 and what is 7 * 7?"}]
+        for limit in (1, 2):
+            events = [event async for event in await service.chat(turn(asked, tools=[], max_tool_calls=limit), ME)]
+            assert sum(isinstance(event, ToolAnswered) for event in events) <= limit
+        bound = replace(turn(QUESTION, tools=[], max_tool_calls=2), parallel_tool_calls=True)
+        assert not _tool_choice(bound).parallel and _tool_choice(replace(bound, max_tool_calls=None)).parallel
+
+    run(conversation())
+
+
+def test_a_prewarmed_prompt_is_there_for_the_next_one(service: EngineService):
+    async def conversation() -> None:
+        messages = [{"role": "user", "content": "What is the capital of the country that has Lyon in it? " * 4}]
+        warm = turn(messages, params=SamplingParams(temperature=0, max_tokens=1), is_prewarm=True)
+        _, usage = await ask(service, warm)
+        held = service.conversations.num_held
+        _, after = await ask(service, turn(messages, params=SamplingParams(temperature=0, max_tokens=1)))
+        assert usage.cached_tokens < 32 < after.cached_tokens and after.prompt_tokens - after.cached_tokens <= 16
+        assert held == 0, "nothing waits for an answer to it"
 
     run(conversation())
 

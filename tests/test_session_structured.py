@@ -106,7 +106,9 @@ def test_arguments_match_the_schema_under_auto(llm, temperature):
     params = [SamplingParams(temperature=temperature, max_tokens=100, seed=i) for i in range(len(messages))]
     seen = 0
     with Toolbox([calculator, GIVEN]) as tools:
-        outputs = llm.chat(messages, params, tools=tools, intercept=InterceptOptions(max_interceptions=2, timeout_s=0.1))
+        outputs = llm.chat(
+            messages, params, tools=tools, intercept=InterceptOptions(max_interceptions=2, timeout_s=0.1)
+        )
     for output in outputs:
         for interception in output.interceptions:
             for call in interception.calls:

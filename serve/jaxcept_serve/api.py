@@ -195,6 +195,17 @@ def openai_usage(usage: Usage) -> dict[str, Any]:
     }
 
 
+def usage_so_far(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+    """Usage in the midst of a stream: what continuous_usage_stats asks for."""
+    total = prompt_tokens + completion_tokens
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+
+
+def prewarms(values: Body) -> bool:
+    """Whether the prompt alone is to be computed."""
+    return bool((values["prompt_cache_options"] or {}).get("prewarm"))
+
+
 def all_fields(*tables: Sequence[Field]) -> tuple[Field, ...]:
     """Tables of fields as one."""
     return tuple(field for table in tables for field in table)

@@ -12,6 +12,7 @@ import msgspec
 
 ChangedPart = Literal["model", "key", "tools", "text_format", "system", "messages"]
 
+GIVEN_UP = "the prompt goes on from it, but its context was given up: memory was short, or its hold over"
 _WIDTH = 8  # bytes of a message's digest
 
 

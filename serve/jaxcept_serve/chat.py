@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from jaxcept.scheduler.params import MAX_LOGPROBS
-from jaxcept_serve.api import HINT_FIELDS, MAX_NAME_CHARS, Api, all_fields, openai_usage
+from jaxcept_serve.api import HINT_FIELDS, MAX_NAME_CHARS, Api, all_fields, openai_usage, prewarms, usage_so_far
 from jaxcept_serve.chat_messages import MESSAGE_SCHEMA, TOOL_SCHEMA, read_messages, read_tool_choice, read_tools
 from jaxcept_serve.client_tools import ToolLimits
 from jaxcept_serve.logprobs import chat_logprobs
@@ -29,6 +29,7 @@ from jaxcept_serve.turns import (
     TurnDone,
     TurnEvent,
     TurnFinished,
+    TurnStarted,
 )
 from jaxcept_serve.wire import Body, Field, bad, json_response, read_fields, refuse_fields
 
@@ -104,6 +105,9 @@ def read_turn(api: Api, request: Request, body: Body, values: Body) -> ChatTurn:
     params = read_sampling(
         values, api.options, max_tokens=limit, logprobs=(values["top_logprobs"] or 0) if wants_logprobs else None
     )
+    is_prewarm = prewarms(values)
+    if is_prewarm:
+        params = replace(params, max_tokens=1, min_tokens=0, n=1, logprobs=None, structured=None)
     ours: Mapping[str, Any] = values["jaxcept"] or {}
     max_tool_calls = values["max_tool_calls"]
     run_tools = ours.get("run_tools")
@@ -119,6 +123,7 @@ def read_turn(api: Api, request: Request, body: Body, values: Body) -> ChatTurn:
         template_kwargs=kwargs,
         add_generation_prompt=values["add_generation_prompt"],
         hints=api.hints(values, request),
+        is_prewarm=is_prewarm,
     )
 
 
@@ -152,7 +157,7 @@ class ChatCompletions:
         choices: list[Body] = []
         usage: Body = {}
         extra: Body = {}
-        async for item in events:
+        async for item in _shown(events, turn):
             if isinstance(item, TurnFinished):
                 choices.append(self._choice(item, turn))
             elif isinstance(item, TurnDone):
@@ -192,11 +197,17 @@ class ChatCompletions:
     async def _chunks(
         self, events: AsyncIterator[TurnEvent], turn: ChatTurn, model: str, options: Mapping[str, Any]
     ) -> AsyncGenerator[bytes, None]:
-        stream = _Stream(_head(turn, model, "chat.completion.chunk"), bool(options.get("include_usage")))
+        stream = _Stream(
+            _head(turn, model, "chat.completion.chunk"),
+            tells_usage=bool(options.get("include_usage")),
+            tells_all_along=bool(options.get("include_usage") and options.get("continuous_usage_stats")),
+        )
         async with closing(events):
-            for index in range(turn.params.n):
-                yield stream.chunk(index, {"role": "assistant", "content": ""})
-            async for item in events:
+            async for item in _shown(events, turn):
+                stream.count(item)
+                if isinstance(item, TurnStarted):
+                    for index in range(turn.params.n):
+                        yield stream.chunk(index, {"role": "assistant", "content": ""})
                 if isinstance(item, TurnDone):
                     if stream.tells_usage:
                         yield stream.usage(item)
@@ -237,6 +248,9 @@ class _Stream:
 
     head: Body
     tells_usage: bool
+    tells_all_along: bool = False  # usage so far, with every chunk
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
     numbers: dict[tuple[int, str], int] = field(default_factory=dict)  # of the client's calls, by completion and id
     arguments: dict[str, str] = field(default_factory=dict)  # of the server's calls
 
@@ -244,8 +258,18 @@ class _Stream:
         """One chunk with one choice."""
         finish = {"finish_reason": None} if end is None else _finish(end)
         choice = {"index": index, "delta": delta, "logprobs": logprobs, **finish}
-        usage = {"usage": None} if self.tells_usage else {}
+        usage = {"usage": self._so_far() if self.tells_all_along else None} if self.tells_usage else {}
         return event({**self.head, "choices": [choice], **usage})
+
+    def count(self, item: TurnEvent) -> None:
+        """Counts the tokens of an event."""
+        if isinstance(item, TurnStarted):
+            self.prompt_tokens = item.prompt_tokens
+        elif isinstance(item, TextDelta):
+            self.completion_tokens += len(item.token_ids)
+
+    def _so_far(self) -> Body:
+        return usage_so_far(self.prompt_tokens, self.completion_tokens)
 
     def usage(self, done: TurnDone) -> bytes:
         """The chunk that tells the usage."""
@@ -279,6 +303,15 @@ class _Stream:
 
 def _head(turn: ChatTurn, model: str, kind: str) -> Body:
     return {"id": turn.request_id, "object": kind, "created": int(time.time()), "model": model}
+
+
+async def _shown(events: AsyncIterator[TurnEvent], turn: ChatTurn) -> AsyncIterator[TurnEvent]:
+    """The events that the client is told of: without output where the prompt alone was wanted."""
+    async for item in events:
+        if not turn.is_prewarm or isinstance(item, TurnStarted | TurnDone):
+            yield item
+        elif isinstance(item, TurnFinished):
+            yield TurnFinished(item.index, "stop", None, "", (), ())
 
 
 def _finish(finished: TurnFinished) -> Body:

@@ -14,12 +14,22 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from jaxcept.scheduler.params import MAX_LOGPROBS, MAX_N
-from jaxcept_serve.api import HINT_FIELDS, MAX_NAME_CHARS, Api, all_fields, openai_usage
+from jaxcept_serve.api import HINT_FIELDS, MAX_NAME_CHARS, Api, all_fields, openai_usage, usage_so_far
 from jaxcept_serve.logprobs import completion_logprobs
 from jaxcept_serve.sampling import MAX_INT, SAMPLING_FIELDS, UNSUPPORTED, constraints_asked, read_sampling
 from jaxcept_serve.sse import DONE, closing, event
 from jaxcept_serve.turn_chunks import retold
-from jaxcept_serve.turns import Caller, PromptTurn, ServiceError, TextDelta, TurnDone, TurnEvent, TurnFinished, Usage
+from jaxcept_serve.turns import (
+    Caller,
+    PromptTurn,
+    ServiceError,
+    TextDelta,
+    TurnDone,
+    TurnEvent,
+    TurnFinished,
+    TurnStarted,
+    Usage,
+)
 from jaxcept_serve.wire import Body, Field, as_token_ids, bad, json_response, read_fields, refuse_fields, shown
 
 _REFUSED = UNSUPPORTED | {"suffix": "insertion is not supported"}
@@ -87,6 +97,7 @@ class _Ask:
     logprobs: int | None
     only_echo: bool
     tells_usage: bool
+    tells_all_along: bool  # usage so far, with every chunk
     constraint: str  # the field of it
 
     @property
@@ -136,7 +147,8 @@ class Completions:
             PromptTurn(f"cmpl-{request_id}-{i}", prompt, params, values["add_special_tokens"], hints)
             for i, prompt in enumerate(prompts)
         ]
-        tells_usage = bool((values["stream_options"] or {}).get("include_usage"))
+        asked: Mapping[str, Any] = values["stream_options"] or {}
+        tells_usage = bool(asked.get("include_usage"))
         model = api.check_model(values["model"])
         return _Ask(
             turns=turns,
@@ -146,6 +158,7 @@ class Completions:
             logprobs=values["logprobs"],
             only_echo=only_echo,
             tells_usage=tells_usage,
+            tells_all_along=tells_usage and bool(asked.get("continuous_usage_stats")),
             constraint=next(iter(constraints_asked(values)), "response_format"),
         )
 
@@ -206,20 +219,28 @@ class Completions:
     async def _chunks(self, started: Sequence[AsyncIterator[TurnEvent]], ask: _Ask) -> AsyncGenerator[bytes, None]:
         usages: list[Usage] = []
         offsets: dict[int, int] = {}
+        prompt_tokens = completion_tokens = 0
         async for number, item in _merged(started):
+            if isinstance(item, TurnStarted):
+                prompt_tokens += item.prompt_tokens
+                continue
             if isinstance(item, TurnDone):
                 usages.append(item.usage)
                 continue
             index = number * ask.n + getattr(item, "index", 0)
+            completion_tokens += len(item.token_ids) if isinstance(item, TextDelta) else 0
+            usage = usage_so_far(prompt_tokens, completion_tokens) if ask.tells_all_along else None
             if isinstance(item, TextDelta) and (item.text or item.logprobs):
                 logprobs = None
                 if ask.logprobs is not None and item.logprobs:
                     at = offsets.get(index, 0)
                     logprobs = completion_logprobs(item.token_ids, item.logprobs, self._token_text, at)
                     offsets[index] = at + sum(len(token) for token in logprobs["tokens"])
-                yield _chunk(ask, {"index": index, "text": item.text, "logprobs": logprobs, "finish_reason": None})
+                yield _chunk(
+                    ask, {"index": index, "text": item.text, "logprobs": logprobs, "finish_reason": None}, usage
+                )
             elif isinstance(item, TurnFinished):
-                yield _chunk(ask, {"index": index, "text": "", "logprobs": None} | _finish(item))
+                yield _chunk(ask, {"index": index, "text": "", "logprobs": None} | _finish(item), usage)
         if ask.tells_usage:
             yield event({**_head(ask), "choices": [], "usage": openai_usage(_sum(usages))})
         yield DONE
@@ -287,9 +308,9 @@ def _head(ask: _Ask) -> Body:
     return {"id": ask.request_id, "object": "text_completion", "created": int(time.time()), "model": ask.model}
 
 
-def _chunk(ask: _Ask, choice: Mapping[str, Any]) -> bytes:
-    usage = {"usage": None} if ask.tells_usage else {}
-    return event({**_head(ask), "choices": [choice], **usage})
+def _chunk(ask: _Ask, choice: Mapping[str, Any], usage: Body | None) -> bytes:
+    told = {"usage": usage} if ask.tells_usage else {}
+    return event({**_head(ask), "choices": [choice], **told})
 
 
 def _finish(finished: TurnFinished) -> Body:

@@ -7,7 +7,15 @@ from typing import Any
 
 from jaxcept_serve.api import usage_figures
 from jaxcept_serve.conversion import SERVER_LABEL, input_object
-from jaxcept_serve.turns import CallDelta, TextDelta, ToolAnswered, TurnDone, TurnEvent, TurnFinished, Usage
+from jaxcept_serve.turns import (
+    CallDelta,
+    TextDelta,
+    ToolAnswered,
+    TurnDone,
+    TurnEvent,
+    TurnFinished,
+    Usage,
+)
 
 Event = dict[str, Any]
 
@@ -62,7 +70,7 @@ class MessageBuilder:
                 return self._close()
             case TurnDone():
                 self.done = event
-                return []
+        return []
 
     def end(self, diagnostics: dict[str, Any] | None = None) -> list[Event]:
         """The events that end the stream, once the turn is done."""

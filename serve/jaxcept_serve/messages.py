@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Route
 
 from jaxcept.scheduler.params import MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS, SamplingParams
 from jaxcept_serve.api import HINT_FIELDS, MAX_NAME_CHARS, Api, all_fields
-from jaxcept_serve.cache_diagnostics import DigestBook, PromptDigest, first_change
+from jaxcept_serve.cache_diagnostics import GIVEN_UP, DigestBook, PromptDigest, first_change
 from jaxcept_serve.client_tools import ToolLimits, constrained_to_schema, read_function
 from jaxcept_serve.conversion import messages_of_anthropic, with_one_system
 from jaxcept_serve.message_events import MessageBuilder
@@ -189,13 +189,12 @@ class Messages:
 def _miss_reason(before: PromptDigest, after: PromptDigest, done: TurnDone) -> dict[str, Any] | None:
     change = first_change(before, after)
     if change is None:
-        reason = done.cache_miss_reason
-        return None if reason is None else {"type": "unavailable", "message": reason}
+        return None if done.usage.cached_tokens else {"type": "unavailable", "message": GIVEN_UP}
     part, index = change
     missed = max(done.usage.prompt_tokens - done.usage.cached_tokens, 0)
     told: dict[str, Any] = {"type": f"{part}_changed", "cache_missed_input_tokens": missed}
     if index is not None:
-        told["message"] = done.cache_miss_reason or f"messages[{index}] differs"
+        told["message"] = f"messages[{index}] differs"
     return told
 
 

@@ -28,6 +28,7 @@ from jaxcept_serve.turns import (
     TurnDone,
     TurnEvent,
     TurnFinished,
+    TurnStarted,
 )
 
 logger = logging.getLogger(__name__)
@@ -232,7 +233,8 @@ class _Run:
         self._digests, self._name = digests, name
         self._engine = ""
         self._stream: AsyncGenerator[TurnEvent, None]
-        self._sent: list[TurnEvent] = []
+        self._sent: list[TurnEvent] = []  # behind its start
+        self._has_started = False
         self._held: bytes | None = None
         self._is_started = False
         self._events = self._write()
@@ -281,7 +283,12 @@ class _Run:
             while True:
                 try:
                     async for event in self._stream:
-                        self._sent.append(event)
+                        if isinstance(event, TurnStarted):
+                            if self._has_started:
+                                continue
+                            self._has_started = True
+                        else:
+                            self._sent.append(event)
                         self._note(event)
                         yield event
                     return
@@ -319,6 +326,8 @@ class _Run:
         ids: dict[str, str] = {}
         for old in self._sent:
             new = await anext(self._stream, None)
+            if isinstance(new, TurnStarted):
+                new = await anext(self._stream, None)
             if new is None or not _same(old, new, ids):
                 await self._stream.aclose()
                 self._service.router.end(self._engine)
@@ -373,7 +382,7 @@ async def _renamed(stream: AsyncGenerator[TurnEvent, None], ids: dict[str, str])
                 case TurnFinished():
                     calls = [replace(call, call_id=ids.get(call.call_id, call.call_id)) for call in event.calls]
                     yield replace(event, calls=tuple(calls))
-                case TextDelta() | TurnDone():
+                case TurnStarted() | TextDelta() | TurnDone():
                     yield event
     finally:
         await stream.aclose()

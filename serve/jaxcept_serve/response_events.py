@@ -9,7 +9,16 @@ from typing import Any
 from jaxcept.scheduler.plan import TokenLogprobs
 from jaxcept_serve.api import usage_figures
 from jaxcept_serve.conversion import function_call_item, mcp_call_item
-from jaxcept_serve.turns import CallDelta, FullCall, TextDelta, ToolAnswered, TurnDone, TurnEvent, TurnFinished, Usage
+from jaxcept_serve.turns import (
+    CallDelta,
+    FullCall,
+    TextDelta,
+    ToolAnswered,
+    TurnDone,
+    TurnEvent,
+    TurnFinished,
+    Usage,
+)
 
 Event = dict[str, Any]
 TokenText = Callable[[int], str]
@@ -63,7 +72,6 @@ class ResponseBuilder:
                 return self._close("incomplete" if event.finish_reason == "length" else "completed") + self._abandon()
             case TurnDone():
                 self.done = event
-                return []
             case _ if self._is_silent:
                 return []
             case TextDelta():
@@ -72,6 +80,7 @@ class ResponseBuilder:
                 return self._call(event)
             case ToolAnswered():
                 return self._answer(event)
+        return []
 
     def end(self, completed_at: float) -> list[Event]:
         """Completes the response, once the turn is done; the event that ends the stream."""

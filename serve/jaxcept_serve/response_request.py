@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxcept.scheduler.params import MAX_LOGPROBS, SamplingParams
-from jaxcept_serve.api import HINT_FIELDS, MAX_NAME_CHARS, all_fields
+from jaxcept_serve.api import HINT_FIELDS, MAX_NAME_CHARS, all_fields, prewarms
 from jaxcept_serve.client_tools import ToolLimits, constrained_to_json, constrained_to_schema, read_function
 from jaxcept_serve.conversion import SERVER_LABEL, Message, messages_of_items, open_calls_of
 from jaxcept_serve.limits import ServerOptions
@@ -212,7 +212,7 @@ def read_params(values: Body, options: ServerOptions) -> SamplingParams:
         return SamplingParams()
     if values["top_p"] == 0:
         raise bad("top_p", "expected a number above 0, at most 1")
-    prewarm = (values["prompt_cache_options"] or {}).get("prewarm")
+    prewarm = prewarms(values)
     fields: dict[str, Any] = {
         "max_tokens": 1 if prewarm else values["max_output_tokens"],
         "temperature": values["temperature"],

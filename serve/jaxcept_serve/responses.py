@@ -14,8 +14,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from jaxcept_serve.api import Api
-from jaxcept_serve.cache_diagnostics import PromptDigest, first_change
+from jaxcept_serve.api import Api, prewarms
+from jaxcept_serve.cache_diagnostics import GIVEN_UP, PromptDigest, first_change
 from jaxcept_serve.conversion import Message, messages_of_items, with_one_system
 from jaxcept_serve.response_events import ResponseBuilder
 from jaxcept_serve.response_request import (
@@ -175,6 +175,7 @@ class Responses:
             run_tools=tools.run_tools,
             max_tool_calls=ours.get("max_tool_calls") if max_tool_calls is None else max_tool_calls,
             hints=read_hints(hints, values, conversation),
+            is_prewarm=prewarms(values),
         )
         if values["truncation"] == "auto":
             turn = await asyncio.to_thread(_truncated, turn, api)
@@ -189,7 +190,7 @@ class Responses:
             _response_fields(response_id, model, values, tools),
             _new_id,
             lambda token_id: api.service.detokenize([token_id]),
-            is_silent=bool((values["prompt_cache_options"] or {}).get("prewarm")),
+            is_silent=turn.is_prewarm,
         )
         items = stored_items(given, _new_id)
         return _Run(caller, turn, values, items, messages, own, digest, conversation, builder)
@@ -313,8 +314,7 @@ def _diagnostics(before: StoredResponse | None, digest: PromptDigest, done: Turn
         return {"type": "comparison_response_not_found"}
     change = first_change(before.prompt, digest)
     if change is None:
-        reason = done.cache_miss_reason
-        return {"type": "cache_hit"} if reason is None else {"type": "unavailable", "message": reason}
+        return {"type": "cache_hit"} if done.usage.cached_tokens else {"type": "unavailable", "message": GIVEN_UP}
     part, index = change
     told: dict[str, Any] = {
         "type": "cache_miss",
@@ -322,7 +322,7 @@ def _diagnostics(before: StoredResponse | None, digest: PromptDigest, done: Turn
         "cache_missed_tokens": max(done.usage.prompt_tokens - done.usage.cached_tokens, 0),
     }
     if index is not None:
-        told["message"] = done.cache_miss_reason or f"message {index} of the conversation differs"
+        told["message"] = f"message {index} of the conversation differs"
     return told
 
 

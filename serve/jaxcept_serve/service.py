@@ -35,6 +35,7 @@ from jaxcept_serve.turns import (
     TurnDone,
     TurnEvent,
     TurnFinished,
+    TurnStarted,
     Usage,
 )
 
@@ -246,6 +247,7 @@ class EngineService:
     async def _watch(self, run: _Run, on_held: Callable[[TurnFinished], None]) -> AsyncGenerator[TurnEvent, None]:
         """The events of a turn; whoever closes them early aborts it."""
         with closing(run.stream):
+            yield TurnStarted(len(run.prompt_ids))
             try:
                 async for delta in run.stream:
                     for event in run.take(delta):
@@ -262,7 +264,8 @@ class EngineService:
 
     def _remember(self, turn: ChatTurn, prompt: _Prompt, run: _Run, finished: TurnFinished) -> None:
         """Remembers a turn by its messages, so that the next one goes on from its ids."""
-        if finished.finish_reason not in ("stop", "length", "tool_calls") or finished.stop_reason is not None:
+        is_whole = finished.finish_reason in ("stop", "length", "tool_calls") and finished.stop_reason is None
+        if not is_whole or turn.is_prewarm:
             return
         calls = finished.calls if finished.finish_reason == "tool_calls" else ()
         outside = [call for call in calls if not call.by_server]
@@ -291,7 +294,7 @@ class EngineService:
         wanted = self.hold.ttl_s if turn.hints.hold_ttl_s is None else turn.hints.hold_ttl_s
         seconds = min(wanted, self.hold.max_ttl_s)
         may_hold = turn.params.n == 1 and not turn.params.stop_token_ids and self.hold.max_held > 0
-        return seconds if seconds > 0 and may_hold else None
+        return seconds if seconds > 0 and may_hold and not turn.is_prewarm else None
 
     def _options(self, turn: ChatTurn, hold_s: float | None) -> InterceptOptions:
         expected = turn.hints.expected_tool_s
@@ -590,7 +593,8 @@ def _tool_choice(turn: ChatTurn) -> ToolChoice:
     modes = {mode.value: mode for mode in ToolMode}
     mode = modes.get(turn.tool_choice)
     name = turn.tool_choice if mode is None else None
-    return ToolChoice(ToolMode.AUTO if mode is None else mode, name, turn.parallel_tool_calls)
+    one_by_one = turn.max_tool_calls is not None  # rounds of calls are counted: one call each
+    return ToolChoice(ToolMode.AUTO if mode is None else mode, name, turn.parallel_tool_calls and not one_by_one)
 
 
 def _settings(turn: ChatTurn, toolbox: Toolbox | None) -> dict[str, Any]:

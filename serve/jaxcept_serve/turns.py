@@ -41,7 +41,8 @@ class ChatTurn:
 
     `tools` are the client's own (schemas: {"type": "function", "function": {...}}); those that the server runs are the
     service's. `tool_choice` is a ToolChoice or the name of a tool. `run_tools`: names of the server's tools that this
-    turn may use; None is all of them, () none. `max_tool_calls` bounds the calls that the server runs.
+    turn may use; None is all of them, () none. `max_tool_calls` bounds the calls that the server runs;
+    with it, calls come one by one. `is_prewarm`: the prompt is computed, and what is generated is no one's.
     """
 
     request_id: str
@@ -55,6 +56,7 @@ class ChatTurn:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     add_generation_prompt: bool = True
     hints: Hints = Hints()
+    is_prewarm: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,13 @@ class PromptTurn:
     params: SamplingParams
     add_special_tokens: bool = True
     hints: Hints = Hints()
+
+
+@dataclass(frozen=True, slots=True)
+class TurnStarted:
+    """The first event: the prompt is encoded and accepted."""
+
+    prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +171,9 @@ class TurnDone:
     usage: Usage
     prompt_token_ids: tuple[int, ...] = field(repr=False, default=())
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
-    cache_miss_reason: str | None = None  # why a known conversation did not go on: the first message that differs
 
 
-TurnEvent = TextDelta | CallDelta | ToolAnswered | TurnFinished | TurnDone
+TurnEvent = TurnStarted | TextDelta | CallDelta | ToolAnswered | TurnFinished | TurnDone
 
 
 class ServiceError(Exception):
