@@ -1,11 +1,13 @@
 """Two servers of the same model side by side, one under each policy, in one run: what does a tool's pause cost?
 
-    python benchmarks/serve_policies.py [--rounds 4] [--out FILE.json]
+    python benchmarks/serve_policies.py --context 230 [--rounds 4] [--out FILE.json]
+    python benchmarks/serve_policies.py --model llama --context 2200
 
-24 conversations of 6 turns, a calculator called in each, with pauses before every turn, against `jaxcept serve` under
-`prefix-lru` (an engine of today) and under `min-waste`, in turns. The KV pool is so small that the contexts need
---oversubscribed times its blocks. Tokens are the same; what differs is how many are computed again, and how long the
-first token after a pause takes.
+24 conversations of 6 turns with pauses before every turn, against `jaxcept serve` under `prefix-lru` (an engine of
+today) and under `min-waste`, in turns. The KV pool is so small that the contexts need --oversubscribed times its
+blocks. Tokens are the same; what differs is how many are computed again, and how long the first token after a pause
+takes. The shipped model calls a calculator in each turn and costs next to nothing to compute; `--model llama` has 4
+layers of width 512, drawn at random, and reads messages as long as what a search or a file returns.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ import httpx2
 from rich.console import Console
 from rich.table import Table
 
+from jaxcept.config import shipped_model
+
 POLICIES = ("prefix-lru", "min-waste")
 BLOCK = 16
 FIGURES = {
@@ -43,13 +47,32 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def serve(policy: str, num_blocks: int, args: argparse.Namespace) -> tuple[subprocess.Popen[bytes], str]:
+def write_llama(folder: Path) -> Path:
+    """The configuration of a larger model, with the shipped one's tokenizer: its weights are drawn at load."""
+    shipped = shipped_model()
+    config = json.loads((shipped / "config.json").read_text(encoding="utf-8"))
+    config |= {
+        "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 8192,
+    }  # fmt: skip
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for path in shipped.iterdir():
+        if path.name.startswith(("tokenizer", "chat_template", "generation", "special")):
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def serve(
+    policy: str, num_blocks: int, model: list[str], args: argparse.Namespace
+) -> tuple[subprocess.Popen[bytes], str]:
     """A server under one policy, ready."""
     port = free_port()
     command = [
-        sys.executable, "-m", "jaxcept_serve.cli", "serve", "--port", str(port), "--intercept-policy", policy,
-        "--num-gpu-blocks-override", str(num_blocks), "--max-model-len", "1024", "--max-num-seqs", "16",
-        "--host-pool-gb", "0.25", "--tools", "none", "--uvicorn-log-level", "warning", *args.serve,
+        sys.executable, "-m", "jaxcept_serve.cli", "serve", *model, "--port", str(port), "--intercept-policy", policy,
+        "--num-gpu-blocks-override", str(num_blocks), "--max-model-len", str(max(1024, 2 * args.context)),
+        "--max-num-seqs", "16", "--host-pool-gb", str(args.host_pool_gb), "--tools", "none",
+        "--uvicorn-log-level", "warning", *args.serve,
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
@@ -75,16 +98,12 @@ def figures(url: str) -> dict[str, float]:
 
 def replay(urls: dict[str, str], args: argparse.Namespace, rounds: int, out: Path) -> Any:
     """`jaxcept bench serve` against all of them, in turns."""
-    command = [
-        sys.executable,
-        "-m",
-        "jaxcept_serve.cli",
-        "bench",
-        "serve",
-        "--dataset",
-        "calculator",
-        "--random-pauses",
-    ]
+    command = [sys.executable, "-m", "jaxcept_serve.cli", "bench", "serve", "--random-pauses"]
+    if args.model == "llama":
+        command += ["--dataset", "words", "--words-first", str(args.words_first), "--words-later"]
+        command += [str(args.words_later), "--max-tokens", "24", "--ignore-eos"]
+    else:
+        command += ["--dataset", "calculator"]
     command += [word for name, url in urls.items() for word in ("--url", f"{name}={url}")]
     command += ["--conversations", str(args.conversations), "--turns", str(args.turns), "--pause", str(args.pause)]
     command += ["--rounds", str(rounds), "--seed", str(args.seed), "--out", str(out)]
@@ -94,6 +113,10 @@ def replay(urls: dict[str, str], args: argparse.Namespace, rounds: int, out: Pat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["shipped", "llama"], default="shipped")
+    parser.add_argument("--words-first", type=int, default=400, help="of llama's prompts (default: %(default)s)")
+    parser.add_argument("--words-later", type=int, default=120, help="of its later messages (default: %(default)s)")
+    parser.add_argument("--host-pool-gb", type=float, default=0.25)
     parser.add_argument("--conversations", type=int, default=24)
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--pause", type=float, default=0.73, help="seconds, the mean of an exponential")
@@ -108,12 +131,13 @@ def main() -> None:
     console = Console(width=120)
     console.print(f"{num_blocks} blocks of {BLOCK} tokens for {args.conversations} x {args.context} tokens")
     with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        model = [str(write_llama(folder / "llama")), "--load-format", "dummy"] if args.model == "llama" else []
         urls: dict[str, str] = {}
         for policy in POLICIES:
-            process, urls[policy] = serve(policy, num_blocks, args)
+            process, urls[policy] = serve(policy, num_blocks, model, args)
             stack.callback(process.wait)
             stack.callback(process.terminate)
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         before = {policy: figures(url) for policy, url in urls.items()}
         measured = replay(urls, args, args.rounds, folder / "bench.json")
         after = {policy: figures(url) for policy, url in urls.items()}
