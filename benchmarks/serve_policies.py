@@ -15,17 +15,21 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -151,8 +155,18 @@ def main() -> None:
         table.add_row(policy, f"{total:,.0f}", f"{each['recomputed']:,.0f}", f"{each['swapped'] / 1e6:,.1f}")
     console.print(table)
     if args.out is not None:
-        result = {"num_blocks": num_blocks, "args": {**vars(args), "out": str(args.out)}, "computed_a_round": computed}
-        args.out.write_text(json.dumps({**result, "bench": measured}, indent=1) + "\n", encoding="utf-8")
+        for server in measured["servers"].values():
+            del server["rounds"]  # every request by itself
+        result = {
+            "command": shlex.join(["python", *sys.argv]),
+            "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+            "jax": jax.__version__,
+            "date": date.today().isoformat(),
+            "num_blocks": num_blocks,
+            "computed_a_round": computed,
+            "bench": measured,
+        }
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
