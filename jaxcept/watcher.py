@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from jaxcept.constraint import Constraint
-from jaxcept.scheduler.watcher import REJECT, Verdict
+from jaxcept.scheduler.watcher import REJECT, Verdict, WatcherError
 from jaxcept.text.stop import StopStrings
 from jaxcept.text.stream import StreamDecoder
 from jaxcept.tools.calls import ParsedCall, ToolCall
@@ -78,11 +78,9 @@ class TextWatcher:
 
     def push(self, token_id: int) -> Verdict | None:
         """Takes a generated token; says whether the text it completes stops or intercepts the sequence."""
-        if self._constraint is not None and not self._constraint.accept(token_id):
+        text = self._accepted(token_id)
+        if text is None:
             return REJECT
-        text = self._decoder.push(token_id)
-        if text and self._constraint is not None:
-            self._constraint.read(text)
         self._tokens_before_stops -= 1
         if not text:
             return None
@@ -104,7 +102,24 @@ class TextWatcher:
 
     def mask(self) -> bytes | None:
         """Which tokens may come next, None where all may: see Watcher."""
-        return self._constraint.mask() if self._constraint is not None else None
+        try:
+            return self._constraint.mask() if self._constraint is not None else None
+        except RuntimeError as error:
+            raise WatcherError(str(error)) from error
+
+    def _accepted(self, token_id: int) -> str | None:
+        """The text that a token completes; None where the constraint refuses it."""
+        if self._constraint is None:
+            return self._decoder.push(token_id)
+        try:
+            if not self._constraint.accept(token_id):
+                return None
+            text = self._decoder.push(token_id)
+            if text:
+                self._constraint.read(text)
+        except RuntimeError as error:
+            raise WatcherError(str(error)) from error
+        return text
 
     def end_of_turn(self) -> Verdict | None:
         """The model generated a stop token: an interception if its turn holds tool calls."""

@@ -48,6 +48,7 @@ class FakeService:
         self.is_alive = True
         self.is_ready = True
         self.figures: dict[str, float] = {}
+        self.finish_reason = "length"
         self.error: Exception | None = None  # raised in the midst of a turn
 
     async def chat(self, turn: ChatTurn, caller: Caller) -> AsyncIterator[TurnEvent]:
@@ -113,7 +114,7 @@ class FakeService:
             text += f" {token_id}"
             yield TextDelta(index, f" {token_id}", (token_id,), logprobs)
         every = None if params.logprobs is None else tuple(_logprobs(token_id, params.logprobs) for token_id in ids)
-        yield TurnFinished(index, "length", None, text, tuple(calls), ids, every)
+        yield TurnFinished(index, self.finish_reason, None, text, tuple(calls), ids, every)
 
     def count_tokens(self, turn: ChatTurn) -> int:
         return len(self.tokenize_chat(turn))

@@ -46,6 +46,8 @@ class FakeEngine:
         self.num_started = self.num_closed = 0
         self.word = "yes"
         self.answers = False
+        self.error: ServiceError | None = None  # instead of its second event
+        self.stalls = False  # before its second event
 
     async def start(self, turn: Turn, caller: Caller) -> AsyncGenerator[TurnEvent, None]:
         self.num_started += 1
@@ -61,6 +63,10 @@ class FakeEngine:
             for i, event in enumerate(self.script()):
                 if i == death:
                     raise EngineLostError(self.name)
+                if i == 1 and self.error is not None:
+                    raise self.error
+                if i == 1 and self.stalls:
+                    await asyncio.Event().wait()
                 yield event
         finally:
             self.num_closed += 1
@@ -197,6 +203,82 @@ def test_an_engine_that_was_replaced_unnoticed_has_lost_its_contexts(
     assert "a died, with the contexts of 2 turns" in caplog.text
     service.report("a", replace(TOLD, birth="second", figures={"generated_tokens": 5.0}))
     assert service.metrics() == {"generated_tokens": 8.0, "num_engines": 2.0}
+
+
+def begin(service: ReplicaService) -> Any:
+    return service.chat(ChatTurn("r", [{"role": "user", "content": "hi"}], GREEDY), Caller())
+
+
+def test_a_successor_is_not_blamed_for_a_death_that_is_heard_of_late(
+    service: ReplicaService, engines: list[FakeEngine]
+) -> None:
+    engines[0].deaths = [3]
+
+    async def read_slowly() -> list[TurnEvent]:
+        events = await begin(service)
+        first = await anext(events)
+        service.report("a", replace(TOLD, birth="second"))
+        assert service.is_ready and service.router.up == ("a", "b")
+        return [first, *[event async for event in events]]
+
+    assert asyncio.run(read_slowly())[-1] == DONE
+    assert service.router.up == ("a", "b")
+
+
+def test_an_engine_that_was_out_of_reach_for_a_moment_comes_back(
+    service: ReplicaService, engines: list[FakeEngine], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    engines[0].deaths = [-1]
+    chat(service, "hi")
+    assert service.is_ready and service.router.up == ("b",)
+    service.report("a", TOLD)
+    assert service.is_ready and service.router.up == ("a", "b")
+    assert "a answers again" in caplog.text
+
+
+def test_what_an_engine_said_before_it_died_does_not_bring_it_back(
+    service: ReplicaService, engines: list[FakeEngine]
+) -> None:
+    engines[0].deaths = [3]
+
+    async def die() -> None:
+        events = await begin(service)
+        await anext(events)
+        service.report("a", TOLD)
+        service.report("b", replace(TOLD, figures={"generated_tokens": 5.0}))
+        assert [event async for event in events][-1] == DONE
+
+    asyncio.run(die())
+    assert service.metrics() == {"generated_tokens": 5.0, "num_engines": 1.0} and service.router.up == ("b",)
+
+
+def test_a_turn_that_fails_while_it_begins_anew_leaves_no_load_behind(
+    service: ReplicaService, engines: list[FakeEngine]
+) -> None:
+    engines[0].deaths = [3]
+    engines[1].error = ServiceError(500, "no")
+    with pytest.raises(ServiceError, match="no"):
+        chat(service, "hi")
+    assert service.router.loads == {"a": 0, "b": 0}
+
+
+def test_a_client_that_leaves_while_its_turn_begins_anew_leaves_no_load_behind(
+    service: ReplicaService, engines: list[FakeEngine]
+) -> None:
+    engines[0].deaths = [3]
+    engines[1].stalls = True
+
+    async def leave() -> None:
+        events = await begin(service)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                while True:
+                    await anext(events)
+        await events.aclose()
+
+    asyncio.run(leave())
+    assert service.router.loads == {"a": 0, "b": 0} and engines[1].num_closed == 1
 
 
 def test_refusals_are_the_clients(service: ReplicaService, engines: list[FakeEngine]) -> None:

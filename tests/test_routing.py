@@ -104,6 +104,18 @@ def test_turns_of_a_dead_engine_end_without_leaving_a_trace() -> None:
     assert again is not None and (again.engine, again.reason) == ("b", Reason.LOAD)
 
 
+def test_two_turns_of_one_name_at_once_find_an_engine_after_a_death() -> None:
+    router = Router(["a", "b"])
+    turn(router, ["one"], name="mine")
+    router.down("a")
+    chosen = [router.begin(digests_of("", {}, [{"role": "user", "content": str(i)}]), "mine") for i in range(3)]
+    assert [(choice.engine, choice.reason) for choice in chosen if choice is not None] == [
+        ("b", Reason.RECOMPUTED),
+        ("b", Reason.LOAD),
+        ("b", Reason.LOAD),
+    ]
+
+
 def test_nobody_is_chosen_where_all_are_down() -> None:
     router = Router(["a"])
     router.down("a")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import socket
 import statistics
@@ -33,6 +34,7 @@ from bad_bodies import (
     prompts,
     stops_and_biases,
     templates,
+    too_hard_on_the_way,
     tools,
 )
 from bad_bodies import GOOD as GOOD_BODIES
@@ -47,7 +49,7 @@ HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
 POST = HEAD + b"x-api-key: mine\r\nContent-Type: application/json\r\n"
 GET = b"GET /v1/models HTTP/1.1\r\nConnection: close\r\n"
 SLOWER = 30.0  # times as long as before: the machine that runs the tests is busy with others
-AT_LEAST_S = 1.5
+AT_LEAST_S = 4.0
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +203,11 @@ def test_stops_and_biases(live: LiveEngine):
 
 def test_constraints(live: LiveEngine):
     check_cases(live, constraints())
+    for path in (CHAT, COMPLETIONS):
+        hard = {"guided_grammar": too_hard_on_the_way(), "tool_choice": "none", "max_tokens": 5}
+        for stream in (False, True):
+            answer = live.client.post(path, json=GOOD_BODIES[path] | hard | {"stream": stream})
+            assert answer.status_code == (200 if stream else 400) and "cannot be followed" in answer.text, answer.text
     deep = (
         b'{"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_schema", "json_schema": '
     )
@@ -299,7 +306,7 @@ def test_resumes(live: LiveEngine):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize(("mood", "told"), [
     ("well", "3367"), ("huge", "x"), ("bytes", ""), ("surrogates", ""), ("never", "time"), ("slow", "time"),
-    ("base", "error"), ("exit", "error"), ("none", ""), ("recursive", ""), ("markers", ""), ("fork", "3367"),
+    ("base", "error"), ("exit", "error"), ("none", ""), ("recursive", ""), ("markers", ""), ("fork", "3367|time"),
     ("calls back", "status 200"),
 ])  # fmt: skip
 def test_what_a_tool_may_answer(live: LiveEngine, mood: str, told: str):
@@ -311,7 +318,7 @@ def test_what_a_tool_may_answer(live: LiveEngine, mood: str, told: str):
         MOOD.is_over.set()
     assert answer.status_code == 200, answer.text
     [call] = answer.json()["choices"][0]["message"]["jaxcept_tools"][:1]
-    assert told in call["result"].lower() and len(call["result"]) < 100_100, str(call)[:300]
+    assert re.search(told, call["result"].lower()) and len(call["result"]) < 100_100, str(call)[:300]
     assert "/etc/passwd" not in answer.text or mood != "exit"
     MOOD.is_over.clear()
 
@@ -429,7 +436,7 @@ def test_clients_that_read_nothing(live: LiveEngine):
 
 def test_many_connections_and_slow_bytes(live: LiveEngine):
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    count = min(5000, (files - open_files() - 200) // 2)
+    count = min(2000, (files - open_files() - 200) // 2)
     clients = [socket.create_connection(("127.0.0.1", live.port), timeout=10) for _ in range(count)]
     try:
         is_well(live)

@@ -87,6 +87,16 @@ def test_a_prewarmed_prompt():
     assert [chunk["choices"][0]["delta"] for chunk in chunks] == [{"role": "assistant", "content": ""}, {}]
 
 
+@pytest.mark.parametrize(("reason", "status"), [("error", 500), ("abort", 503), ("tool_timeout", 500)])
+def test_a_completion_that_did_not_end_by_itself_is_an_error(reason: str, status: int):
+    """An SDK asks again; half an answer with "stop" it would take for the whole."""
+    service = FakeService()
+    service.finish_reason = reason
+    assert post(ask(), service).status_code == status
+    text = post(ask(stream=True), service).text
+    assert '"error"' in text and '"finish_reason":"stop"' not in text and text.endswith("data: [DONE]\n\n")
+
+
 def test_several_completions():
     answer = post(ask(n=3, max_tokens=2)).json()
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]

@@ -63,8 +63,8 @@ def test_a_text_is_answered() -> None:
         extra_body={"temperature": 0.5, "top_p": 0.9, "top_k": 5},
     )  # fmt: skip
     assert made.content[0].text == "Hello" and made.stop_reason == "end_turn" and made.model == "tiny"  # type: ignore[union-attr]
-    assert (made.usage.input_tokens, made.usage.output_tokens) == (3, 7)
-    assert (made.usage.cache_read_input_tokens, made.usage.cache_creation_input_tokens) == (12, 5)
+    assert (made.usage.input_tokens, made.usage.output_tokens) == (8, 7)
+    assert (made.usage.cache_read_input_tokens, made.usage.cache_creation_input_tokens) == (12, 0)
     turn = service.turns[0]
     assert turn.messages == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
     params = turn.params
@@ -91,6 +91,21 @@ def test_every_event_of_text_and_calls() -> None:
     assert [made["index"] for made in events if made["type"] == "content_block_start"] == [0, 1, 2]
     assert events[-2]["delta"] == {"stop_reason": "tool_use", "stop_sequence": None}
     assert events[-2]["usage"]["output_tokens"] == 7
+
+
+def test_what_is_written_to_the_cache_is_told_where_it_was_asked_for() -> None:
+    _, app = make(said("A"))
+    block: Any = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
+    client = anthropic_sync(app)
+    made = client.messages.create(model="tiny", max_tokens=9, messages=[{"role": "user", "content": [block]}])
+    usage = made.usage
+    assert (usage.input_tokens, usage.cache_creation_input_tokens, usage.cache_read_input_tokens) == (3, 5, 12)
+
+
+def test_a_stream_tells_its_prompt_at_once() -> None:
+    _, app = make(said("A"))
+    first = events_of(app, {"model": "tiny", "max_tokens": 9, "messages": HI})[0]
+    assert first["type"] == "message_start" and first["message"]["usage"]["input_tokens"] == 20
 
 
 def test_the_sdk_streams_it_as_it_creates_it() -> None:

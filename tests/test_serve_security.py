@@ -223,9 +223,9 @@ def test_a_full_queue_and_a_server_that_ends():
         assert response.status_code == status
         assert status == 200 or response.headers["retry-after"] == "3"
     gate = Gate(options)
-    gate.admit({"num_waiting_tokens": 50}, 1, 50)
+    gate.admit({"num_waiting_tokens": 99}, 1)
     with pytest.raises(ServiceError, match="tokens wait"):
-        gate.admit({"num_waiting_tokens": 51}, 1, 50)
+        gate.admit({"num_waiting_tokens": 100}, 1)
 
     async def drain() -> list[int]:
         app = create_app(FakeService(), ServerOptions(retry_after_s=3))

@@ -17,7 +17,7 @@ from jaxcept.tools.builtin import calculator
 from jaxcept.tools.calls import ToolCall
 from jaxcept.tools.parsers import make_parser
 from jaxcept.tools.toolbox import Toolbox
-from jaxcept_serve.service import EngineService, HoldOptions, _tool_choice
+from jaxcept_serve.service import EngineService, HoldOptions, _Run, _tool_choice
 from jaxcept_serve.turns import (
     CallDelta,
     Caller,
@@ -38,6 +38,7 @@ CALCULATOR = tool(calculator)
 GREEDY = SamplingParams(temperature=0, max_tokens=120)
 QUESTION = [{"role": "user", "content": "What is 37 * 91?"}]
 Message = dict[str, Any]
+LOOKUP = {"type": "function", "function": {"name": "lookup", "description": "", "parameters": {"type": "object"}}}
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +237,46 @@ def test_the_servers_tools_run_in_one_turn(llm: AsyncLLM, box: Toolbox):
         assert not (await ask(service, turn(QUESTION, tools=[], run_tools=())))[0].calls
         with pytest.raises(ServiceError, match="two tools are named"):
             await service.chat(turn(QUESTION), ME)
+
+    run(conversation())
+
+
+def test_a_clients_own_tool_of_the_name_of_a_servers(llm: AsyncLLM, box: Toolbox):
+    """Whose it is, the turn says: here the server's own is left out."""
+
+    async def conversation() -> None:
+        service = EngineService(llm, ["shipped"], tools=lambda: box, make_parser=lambda: make_parser("hermes"))
+        first, _ = await ask(service, turn(QUESTION, run_tools=()))
+        assert first.finish_reason == "tool_calls" and [call.by_server for call in first.calls] == [False]
+        final, _ = await ask(service, turn([*QUESTION, said(first), *await answers(box, first)], run_tools=()))
+        assert "3367" in final.text
+
+    run(conversation())
+
+
+def test_completions_of_one_turn_wait_for_their_own_tools(llm: AsyncLLM, box: Toolbox):
+    """n=2: what one completion waits for is not what the other does."""
+
+    async def conversation() -> None:
+        service = EngineService(llm, ["shipped"], tools=lambda: box, make_parser=lambda: make_parser("hermes"))
+        made = _Run(service, replace(GREEDY, n=2), [1], box.select(None, [LOOKUP]), None)  # type: ignore[arg-type]  # no stream
+        first, second = made._completions
+        first.waiting = {"a"}
+        assert made._end_if_answered(first) == []
+        assert [event.index for event in made._end_if_answered(second) if isinstance(event, TurnFinished)] == [1]
+        first.waiting.discard("a")
+        assert [event.index for event in made._end_if_answered(first) if isinstance(event, TurnFinished)] == [0]
+
+    run(conversation())
+
+
+def test_prompt_logprobs_come_though_contexts_wait(service: EngineService):
+    async def conversation() -> None:
+        asked = turn(QUESTION, tools=[], params=replace(GREEDY, prompt_logprobs=1))
+        events = [event async for event in await service.chat(asked, ME)]
+        done = events[-1]
+        assert isinstance(done, TurnDone) and done.prompt_logprobs is not None
+        assert len(done.prompt_logprobs) == len(done.prompt_token_ids)
 
     run(conversation())
 

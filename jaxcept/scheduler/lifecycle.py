@@ -18,6 +18,7 @@ from jaxcept.scheduler.params import OnToolFailure
 from jaxcept.scheduler.planner import Flight
 from jaxcept.scheduler.sequence import Family, SeqState, Sequence
 from jaxcept.scheduler.swaps import Swaps
+from jaxcept.scheduler.watcher import WatcherError
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ class Lifecycle:
         if seq.watcher is not None:
             try:
                 self._book.mask(seq)
+            except WatcherError as error:
+                self.finish(seq, FinishReason.ERROR, now, str(error))
             except Exception:
                 logger.exception("the watcher of sequence %d (%s) failed", seq.seq_id, seq.request.request_id)
                 self.finish(seq, FinishReason.ERROR, now)
@@ -68,6 +71,8 @@ class Lifecycle:
                 return False
             if ruling is None and seq.watcher is not None:
                 self._book.mask(seq)
+        except WatcherError as error:
+            ruling = End(FinishReason.ERROR, str(error))
         except Exception:
             logger.exception("the watcher of sequence %d (%s) failed", seq.seq_id, seq.request.request_id)
             ruling = End(FinishReason.ERROR)

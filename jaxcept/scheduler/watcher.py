@@ -18,6 +18,10 @@ class Verdict(NamedTuple):
 REJECT = Verdict("reject")  # the token was drawn before the mask that forbids it was known: it is drawn again
 
 
+class WatcherError(Exception):
+    """The sequence cannot go on as its request asks for; says why. Its text is the reason that it ends with."""
+
+
 class Watcher(Protocol):
     """Reads one sequence. The scheduler calls it; a watcher that raises ends its own sequence alone."""
 

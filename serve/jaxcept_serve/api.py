@@ -67,7 +67,7 @@ _CACHE_OPTIONS = (
     Field("ttl", "any", "Seconds, or 30s, 5m, 1h, 24h: how long the context may wait.", read=read_ttl,
           schema={"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": "^[0-9]{1,6}[smhd]?$"}]}),
     Field("mode", "string", max_length=64),
-    Field("prewarm", "boolean", "Compute the prompt and hold it, without generating."),
+    Field("prewarm", "boolean", "Compute the prompt, for the cache, and generate nothing."),
     Field("comparison_response_id", "string", "The answer that this request is expected to go on from.",
           max_length=MAX_NAME_CHARS),
 )  # fmt: skip
@@ -78,11 +78,13 @@ HINT_FIELDS = (
     Field("prompt_cache_options", "object", "How the context is kept.",
           read=lambda value, path: read_fields(value, _CACHE_OPTIONS, path),
           schema={"properties": {field.name: field.json_schema for field in _CACHE_OPTIONS}}),
-    Field("prompt_cache_retention", "string", "How long the context may wait: in_memory or 24h.", max_length=64),
+    Field("prompt_cache_retention", "string", "How long the context may wait: 24h is --max-hold-ttl.",
+          choices=("in_memory", "in-memory", "24h")),
     Field("jaxcept", "object", "What this server alone understands.", read=_read_jaxcept,
           schema={"properties": {field.name: field.json_schema for field in JAXCEPT_FIELDS},
                   "additionalProperties": False}),
 )  # fmt: skip
+_RETENTION_S = {"24h": 86400.0}
 _SESSION_HEADERS = ("x-session-id", "x-conversation-id")
 
 
@@ -131,16 +133,18 @@ class Api:
         conversation = values.get("prompt_cache_key") or options.get("comparison_response_id")
         conversation = conversation or next((value[:MAX_NAME_CHARS] for value in headers if value), None)
         hold_ttl_s = ours.get("hold_ttl_s")
+        if hold_ttl_s is None:
+            hold_ttl_s = options.get("ttl", _RETENTION_S.get(values.get("prompt_cache_retention") or ""))
         return Hints(
             expected_tool_s=ours.get("expected_tool_s"),
-            hold_ttl_s=options.get("ttl") if hold_ttl_s is None else hold_ttl_s,
+            hold_ttl_s=hold_ttl_s,
             conversation=conversation,
             priority=values.get("priority") or 0,
         )
 
-    def admit(self, num_prompts: int = 1, num_tokens: int = 0) -> None:
+    def admit(self, num_prompts: int = 1) -> None:
         """Raises ServiceError 503 (with Retry-After) where the queue is full."""
-        self.gate.admit(self.service.metrics(), num_prompts, num_tokens)
+        self.gate.admit(self.service.metrics(), num_prompts)
 
     def stream(self, request: Request, chunks: AsyncIterator[bytes], on_error: OnError | None = None) -> EventStream:
         """An answer of server-sent events (see sse.event). `chunks` is closed when the client goes away.
@@ -181,9 +185,9 @@ def usage_figures(usage: Usage) -> dict[str, Any]:
 
 
 def openai_usage(usage: Usage) -> dict[str, Any]:
-    """Usage as chat and plain completions tell it."""
+    """Usage as chat and plain completions tell it. What the server's tools returned was taken in, like the prompt."""
     return {
-        "prompt_tokens": usage.prompt_tokens,
+        "prompt_tokens": usage.prompt_tokens + usage.returned_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
         "prompt_tokens_details": {

@@ -16,7 +16,7 @@ from jaxcept.scheduler.params import MAX_LOGPROBS
 from jaxcept_serve.api import HINT_FIELDS, MAX_NAME_CHARS, Api, all_fields, openai_usage, prewarms, usage_so_far
 from jaxcept_serve.chat_messages import MESSAGE_SCHEMA, TOOL_SCHEMA, read_messages, read_tool_choice, read_tools
 from jaxcept_serve.client_tools import ToolLimits
-from jaxcept_serve.logprobs import chat_logprobs
+from jaxcept_serve.logprobs import chat_logprobs, prompt_logprobs
 from jaxcept_serve.sampling import MAX_INT, SAMPLING_FIELDS, UNSUPPORTED, constraints_asked, read_sampling
 from jaxcept_serve.sse import DONE, closing, event
 from jaxcept_serve.turn_chunks import TurnChunks, begin_turn
@@ -30,6 +30,7 @@ from jaxcept_serve.turns import (
     TurnEvent,
     TurnFinished,
     TurnStarted,
+    require_whole,
 )
 from jaxcept_serve.wire import Body, Field, bad, json_response, read_fields, refuse_fields
 
@@ -163,7 +164,8 @@ class ChatCompletions:
             elif isinstance(item, TurnDone):
                 usage = openai_usage(item.usage)
                 if item.prompt_logprobs is not None:
-                    extra["prompt_logprobs"] = self._prompt_logprobs(item)
+                    entries = item.prompt_logprobs
+                    extra["prompt_logprobs"] = prompt_logprobs(item.prompt_token_ids, entries, self._token_text)
         choices.sort(key=lambda choice: int(choice["index"]))
         return {**_head(turn, model, "chat.completion"), "choices": choices, "usage": usage, **extra}
 
@@ -180,19 +182,6 @@ class ChatCompletions:
         if turn.params.logprobs is not None:
             choice["logprobs"] = chat_logprobs(finished.token_ids, finished.logprobs or (), self._token_text)
         return choice
-
-    def _prompt_logprobs(self, done: TurnDone) -> list[Any]:
-        """As vLLM tells them: for each prompt token, the candidates by id."""
-        entries = zip(done.prompt_token_ids, done.prompt_logprobs or (), strict=True)
-        return [
-            None
-            if entry is None
-            else {
-                str(other): {"logprob": value, "decoded_token": self._token_text(other)}
-                for other, value in (*entry.top, (token_id, entry.logprob))
-            }
-            for token_id, entry in entries
-        ]
 
     async def _chunks(
         self, events: AsyncIterator[TurnEvent], turn: ChatTurn, model: str, options: Mapping[str, Any]
@@ -306,8 +295,11 @@ def _head(turn: ChatTurn, model: str, kind: str) -> Body:
 
 
 async def _shown(events: AsyncIterator[TurnEvent], turn: ChatTurn) -> AsyncIterator[TurnEvent]:
-    """The events that the client is told of: without output where the prompt alone was wanted."""
+    """The events that the client is told of: without output where the prompt alone was wanted. Raises ServiceError for
+    a completion that did not come to an end of its own."""
     async for item in events:
+        if isinstance(item, TurnFinished):
+            require_whole(item)
         if not turn.is_prewarm or isinstance(item, TurnStarted | TurnDone):
             yield item
         elif isinstance(item, TurnFinished):

@@ -14,8 +14,8 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from jaxcept.scheduler.params import MAX_LOGPROBS, MAX_N
-from jaxcept_serve.api import HINT_FIELDS, MAX_NAME_CHARS, Api, all_fields, openai_usage, usage_so_far
-from jaxcept_serve.logprobs import completion_logprobs
+from jaxcept_serve.api import HINT_FIELDS, MAX_NAME_CHARS, Api, all_fields, openai_usage, prewarms, usage_so_far
+from jaxcept_serve.logprobs import completion_logprobs, prompt_logprobs
 from jaxcept_serve.sampling import MAX_INT, SAMPLING_FIELDS, UNSUPPORTED, constraints_asked, read_sampling
 from jaxcept_serve.sse import DONE, closing, event
 from jaxcept_serve.turn_chunks import retold
@@ -29,6 +29,7 @@ from jaxcept_serve.turns import (
     TurnFinished,
     TurnStarted,
     Usage,
+    require_whole,
 )
 from jaxcept_serve.wire import Body, Field, as_token_ids, bad, json_response, read_fields, refuse_fields, shown
 
@@ -98,6 +99,7 @@ class _Ask:
     only_echo: bool
     tells_usage: bool
     tells_all_along: bool  # usage so far, with every chunk
+    tells_prompt_logprobs: bool
     constraint: str  # the field of it
 
     @property
@@ -131,6 +133,8 @@ class Completions:
         api = self._api
         if values["best_of"] is not None and values["best_of"] != values["n"]:
             raise bad("best_of", f"expected n={values['n']}, or nothing")
+        if prewarms(values):
+            raise bad("prompt_cache_options.prewarm", "is for conversations: use /v1/chat/completions or /v1/responses")
         only_echo = values["max_tokens"] == 0
         if only_echo and not values["echo"]:
             raise bad("max_tokens", "expected 1 or more where the prompt is not echoed")
@@ -158,6 +162,7 @@ class Completions:
             logprobs=values["logprobs"],
             only_echo=only_echo,
             tells_usage=tells_usage,
+            tells_prompt_logprobs=values["prompt_logprobs"] is not None,
             tells_all_along=tells_usage and bool(asked.get("continuous_usage_stats")),
             constraint=next(iter(constraints_asked(values)), "response_format"),
         )
@@ -187,7 +192,9 @@ class Completions:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         choices = [choice for part, _ in made for choice in part]
-        return {**_head(ask), "choices": choices, "usage": openai_usage(_sum([usage for _, usage in made]))}
+        usage = _sum([usage for _, usage in made])
+        usage = replace(usage, completion_tokens=0) if ask.only_echo else usage
+        return {**_head(ask), "choices": choices, "usage": openai_usage(usage)}
 
     async def _collect(self, events: AsyncIterator[TurnEvent], ask: _Ask, number: int) -> tuple[list[Body], Usage]:
         finished: list[TurnFinished] = []
@@ -195,7 +202,7 @@ class Completions:
         async with closing(events):
             async for item in events:
                 if isinstance(item, TurnFinished):
-                    finished.append(item)
+                    finished.append(require_whole(item))
                 elif isinstance(item, TurnDone):
                     done = item
         if done is None:
@@ -214,6 +221,9 @@ class Completions:
         choice: Body = {"index": number * ask.n + item.index, "text": text, "logprobs": None}
         if ask.logprobs is not None:
             choice["logprobs"] = completion_logprobs(ids, entries, self._token_text)
+        if ask.tells_prompt_logprobs and done.prompt_logprobs is not None:
+            told = prompt_logprobs(done.prompt_token_ids, done.prompt_logprobs, self._token_text)
+            choice["prompt_logprobs"] = told
         return choice | _finish(item)
 
     async def _chunks(self, started: Sequence[AsyncIterator[TurnEvent]], ask: _Ask) -> AsyncGenerator[bytes, None]:
@@ -240,7 +250,8 @@ class Completions:
                     ask, {"index": index, "text": item.text, "logprobs": logprobs, "finish_reason": None}, usage
                 )
             elif isinstance(item, TurnFinished):
-                yield _chunk(ask, {"index": index, "text": "", "logprobs": None} | _finish(item), usage)
+                end = _finish(require_whole(item))
+                yield _chunk(ask, {"index": index, "text": "", "logprobs": None} | end, usage)
         if ask.tells_usage:
             yield event({**_head(ask), "choices": [], "usage": openai_usage(_sum(usages))})
         yield DONE

@@ -36,7 +36,8 @@ GENERATE_FIELDS = (
     Field("stream", "boolean", "Events as they come, through every interception.", default=False),
     Field("triggers", "object", "What intercepts.", read=lambda value, path: read_fields(value, TRIGGER_FIELDS, path),
           schema={"properties": {field.name: field.json_schema for field in TRIGGER_FIELDS}}),
-    Field("timeout_s", "number", "Seconds that an interception may last.", default=120.0, minimum=0.001, maximum=86400),
+    Field("timeout_s", "number", "Seconds of an interception, --max-hold-ttl at most.", default=120.0, minimum=0.001,
+          maximum=86400),
     Field("on_timeout", "string", "tell: the model is told and goes on; end: the generation ends.", default="tell",
           choices=("tell", "end")),
     Field("expected_s", "number", "Seconds that an interception is expected to last.", minimum=0, maximum=86400),
@@ -87,13 +88,14 @@ class _Native:
     def __init__(self, api: Api, service: EngineService) -> None:
         self._api = api
         self._service = service
-        self._runs = NativeRuns(service.llm, service.token_bytes)
+        limit = api.options.max_concurrent_per_key
+        self._runs = NativeRuns(service.llm, service.token_bytes, max_runs_per_key=limit)
 
     async def generate(self, request: Request) -> Response:
         """POST /v1/generate."""
         body = await self._api.read_body(request)
         values = read_fields(body, GENERATE_FIELDS)
-        params, options = _params(values), _options(values)
+        params, options = _params(values), _options(values, self._service.hold.max_ttl_s)
         self._api.admit()
         self._service.require_ready()
         prompt = values["prompt"]
@@ -173,14 +175,14 @@ def _params(values: Body) -> SamplingParams:
         raise from_value_error(error) from None
 
 
-def _options(values: Body) -> InterceptOptions:
+def _options(values: Body, max_timeout_s: float) -> InterceptOptions:
     triggers: Body = values["triggers"] or {"strings": (), "token_ids": ()}
     names = [*triggers["strings"], *(f"token:{token_id}" for token_id in triggers["token_ids"])]
     expected: float | None = values["expected_s"]
     return InterceptOptions(
         strings=tuple(triggers["strings"]),
         token_ids=tuple(triggers["token_ids"]),
-        timeout_s=values["timeout_s"],
+        timeout_s=min(values["timeout_s"], max_timeout_s),
         max_interceptions=values["max_interceptions"],
         on_failure=OnToolFailure.TELL if values["on_timeout"] == "tell" else OnToolFailure.FAIL,
         expected_s=dict.fromkeys(names, expected) if expected is not None else {},

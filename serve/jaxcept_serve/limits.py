@@ -31,7 +31,8 @@ class ServerOptions:
     api_keys: none leaves the server open. salt_secret: makes the cache salts of keys; b"" is one per process.
     allowed_hosts: names that a Host header may carry beside IP addresses; none is any (a page in a browser can point a
     name of its own at this machine). max_concurrent_per_key and requests_per_s (with bursts of `burst`) bound each
-    key. max_num_queued_reqs and max_num_queued_tokens bound what waits for the engine.
+    key. max_num_queued_reqs bounds the requests that wait for the engine; where prompts of more
+    than max_num_queued_tokens wait, no more come.
     retry_after_s: when to come again while draining or full.
     """
 
@@ -141,15 +142,15 @@ class Gate:
         self._in_flight[key_name] -= 1
         assert self._in_flight[key_name] >= 0, f"a request of {key_name!r} has left twice"
 
-    def admit(self, figures: Mapping[str, float], num_prompts: int, num_tokens: int) -> None:
-        """Raises ServiceError 503 where the engine's queue (its figures) has no place for so many more."""
+    def admit(self, figures: Mapping[str, float], num_prompts: int) -> None:
+        """Raises ServiceError 503 where the engine's queue (its figures) has no place for so many more prompts."""
         options = self._options
         queued, queued_tokens = figures.get("num_waiting", 0), figures.get("num_waiting_tokens", 0)
         limit, token_limit = options.max_num_queued_reqs, options.max_num_queued_tokens
         # A call that is larger than the whole queue is let in once nothing waits: nothing else could be done with it.
         if limit is not None and queued > 0 and queued + num_prompts > limit:
             raise self._full(f"{queued:g} requests wait, at most {limit} may")
-        if token_limit is not None and queued_tokens > 0 and queued_tokens + num_tokens > token_limit:
+        if token_limit is not None and queued_tokens >= token_limit > 0:
             raise self._full(f"prompts of {queued_tokens:g} tokens wait, at most {token_limit} may")
 
     def _full(self, why: str) -> ServiceError:

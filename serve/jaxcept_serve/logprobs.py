@@ -39,3 +39,16 @@ def completion_logprobs(
         top = None if entry is None else {text(other): value for other, value in entry.top} | {shown: entry.logprob}
         told["top_logprobs"].append(top)
     return told
+
+
+def prompt_logprobs(
+    token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None], text: TokenText
+) -> list[dict[str, Any] | None]:
+    """As vLLM tells them: for each prompt token, the candidates by id; None for the first."""
+
+    def shown(token_id: int, entry: TokenLogprobs) -> dict[str, Any]:
+        candidates = (*entry.top, (token_id, entry.logprob))
+        return {str(other): {"logprob": value, "decoded_token": text(other)} for other, value in candidates}
+
+    each = zip(token_ids, entries, strict=True)
+    return [None if entry is None else shown(token_id, entry) for token_id, entry in each]

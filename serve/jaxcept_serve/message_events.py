@@ -14,6 +14,7 @@ from jaxcept_serve.turns import (
     TurnDone,
     TurnEvent,
     TurnFinished,
+    TurnStarted,
     Usage,
 )
 
@@ -40,29 +41,27 @@ class MessageBuilder:
     and sends them back, where it would try to run a `tool_use`. Such a block comes whole, once its tool has answered.
     """
 
-    def __init__(self, message_id: str, model: str) -> None:
+    def __init__(self, message_id: str, model: str, has_marks: bool = False) -> None:
         self.content: list[dict[str, Any]] = []
         self.finished: TurnFinished | None = None
         self.done: TurnDone | None = None
         self._message_id = message_id
+        self._has_marks = has_marks  # of the cache: what is written to it is told apart
         self._model = model
         self._pieces: list[str] = []  # of the block that is open
         self._is_open = False
         self._server_calls: dict[str, _ServerCall] = {}
 
-    def start(self) -> list[Event]:
-        """The events that begin the stream. What the prompt took is not known yet: message_delta tells it."""
-        return [{"type": "message_start", "message": self._message([], None, None, usage_fields(None))}]
-
     def feed(self, event: TurnEvent) -> list[Event]:
         """The stream events of a turn's event."""
         match event:
+            case TurnStarted():  # what of the prompt the cache has is not known yet: message_delta tells
+                usage = usage_fields(None) | {"input_tokens": event.prompt_tokens}
+                return [{"type": "message_start", "message": self._message([], None, None, usage)}, {"type": "ping"}]
             case TextDelta(text=text):
                 return self._text(text) if text else []
-            case CallDelta(by_server=True):
-                return self._server_call(event)
             case CallDelta():
-                return self._call(event)
+                return self._server_call(event) if event.by_server else self._call(event)
             case ToolAnswered():
                 return self._answer(event)
             case TurnFinished():
@@ -76,14 +75,14 @@ class MessageBuilder:
         """The events that end the stream, once the turn is done."""
         reason, sequence = self.stop()
         delta: Event = {"stop_reason": reason, "stop_sequence": sequence}
-        ending: Event = {"type": "message_delta", "delta": delta, "usage": usage_fields(self.usage)}
+        ending: Event = {"type": "message_delta", "delta": delta, "usage": usage_fields(self.usage, self._has_marks)}
         if diagnostics is not None:
             ending["diagnostics"] = diagnostics
         return [ending, {"type": "message_stop"}]
 
     def message(self, diagnostics: dict[str, Any] | None = None) -> dict[str, Any]:
         """The whole message, once the turn is done."""
-        message = self._message(self.content, *self.stop(), usage_fields(self.usage))
+        message = self._message(self.content, *self.stop(), usage_fields(self.usage, self._has_marks))
         return message if diagnostics is None else {**message, "diagnostics": diagnostics}
 
     @property
@@ -173,12 +172,12 @@ class MessageBuilder:
         return [{"type": "content_block_stop", "index": len(self.content) - 1}]
 
 
-def usage_fields(usage: Usage | None) -> dict[str, Any]:
-    """Anthropic's usage: what was read from and written to the cache stands beside `input_tokens`, not in it."""
+def usage_fields(usage: Usage | None, has_marks: bool = False) -> dict[str, Any]:
+    """Anthropic's usage: what was read from and, on request, written to the cache stands beside `input_tokens`."""
     if usage is None:
         return {"input_tokens": 0, "output_tokens": 0, "cache_read_input_tokens": 0, "cache_creation_input_tokens": 0}
     taken_in = usage.prompt_tokens + usage.returned_tokens - usage.cached_tokens
-    written = min(usage.cache_write_tokens, taken_in)
+    written = min(usage.cache_write_tokens, taken_in) if has_marks else 0
     return {
         "input_tokens": taken_in - written,
         "output_tokens": usage.completion_tokens,

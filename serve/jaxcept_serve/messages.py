@@ -20,7 +20,7 @@ from jaxcept_serve.conversion import messages_of_anthropic, with_one_system
 from jaxcept_serve.message_events import MessageBuilder
 from jaxcept_serve.sse import closing, event
 from jaxcept_serve.turn_chunks import TurnChunks, begin_turn
-from jaxcept_serve.turns import Caller, ChatTurn, Hints, ServiceError, TurnDone, TurnEvent
+from jaxcept_serve.turns import Caller, ChatTurn, Hints, TurnDone, TurnEvent, require_whole
 from jaxcept_serve.wire import (
     Body,
     Field,
@@ -34,12 +34,6 @@ from jaxcept_serve.wire import (
 )
 
 _TTLS = {"5m": 300.0, "1h": 3600.0}
-_EVENT_FAILURES = {
-    "abort": ServiceError(503, "the server stopped the turn", code="aborted", retry_after_s=1.0),
-    "error": ServiceError(500, "the server failed in the middle of the turn"),
-    "tool_timeout": ServiceError(500, "a tool that the server runs did not answer in time"),
-    "tool_failed": ServiceError(500, "a tool that the server runs failed"),
-}
 _REFUSED = {
     "mcp_servers": "MCP servers are named when the server is started (--mcp)",
     "container": "containers are not supported",
@@ -89,6 +83,7 @@ class _Ask:
     model: str
     digest: PromptDigest
     compare_with: str | None
+    has_marks: bool  # of the cache
 
 
 class Messages:
@@ -118,7 +113,7 @@ class Messages:
         return json_response({"input_tokens": count})
 
     async def _whole(self, ask: _Ask, caller: Caller) -> dict[str, Any]:
-        builder = MessageBuilder(ask.turn.request_id, ask.model)
+        builder = MessageBuilder(ask.turn.request_id, ask.model, ask.has_marks)
         async with closing(
             await begin_turn(self._api.service, ask.turn, caller, "messages", "output_config.format")
         ) as events:
@@ -130,11 +125,8 @@ class Messages:
         return message
 
     async def _stream(self, events: AsyncIterator[TurnEvent], ask: _Ask, caller: Caller) -> AsyncGenerator[bytes, None]:
-        builder = MessageBuilder(ask.turn.request_id, ask.model)
+        builder = MessageBuilder(ask.turn.request_id, ask.model, ask.has_marks)
         async with closing(events):
-            for made in builder.start():
-                yield event(made, made["type"])
-            yield event({"type": "ping"}, "ping")
             async for turn_event in events:
                 for made in builder.feed(turn_event):
                     yield event(made, made["type"])
@@ -167,7 +159,8 @@ class Messages:
         )
         wanted = values.get("diagnostics")
         compare_with = None if wanted is None else wanted["previous_message_id"] or ""
-        return _Ask(turn, model, PromptDigest.of(messages, tools, model=model), compare_with)
+        has_marks = any(holder.get("cache_control") is not None for _, holder in _cache_marks(values))
+        return _Ask(turn, model, PromptDigest.of(messages, tools, model=model), compare_with, has_marks)
 
     def _remember(self, ask: _Ask, caller: Caller, builder: MessageBuilder) -> None:
         answer = messages_of_anthropic(None, [{"role": "assistant", "content": builder.content}])
@@ -200,11 +193,7 @@ def _miss_reason(before: PromptDigest, after: PromptDigest, done: TurnDone) -> d
 
 def _check(builder: MessageBuilder) -> None:
     """Raises ServiceError for a turn that did not come to an end of its own."""
-    if builder.finished is None or builder.done is None:
-        raise _EVENT_FAILURES["error"]
-    failure = _EVENT_FAILURES.get(builder.finished.finish_reason)
-    if failure is not None:
-        raise failure
+    require_whole(builder.finished if builder.done is not None else None)
 
 
 def _read_params(values: Body, api: Api) -> SamplingParams:

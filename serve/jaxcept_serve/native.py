@@ -101,8 +101,11 @@ class NativeRun:
 class NativeRuns:
     """All generations of this kind, in one event loop."""
 
-    def __init__(self, llm: AsyncLLM, token_bytes: float, max_runs: int = 4096) -> None:
+    def __init__(
+        self, llm: AsyncLLM, token_bytes: float, max_runs: int = 4096, max_runs_per_key: int | None = None
+    ) -> None:
         self._llm = llm
+        self._max_runs_per_key = max_runs_per_key
         self._token_bytes = token_bytes
         self._max_runs = max_runs
         self._runs: dict[str, NativeRun] = {}
@@ -119,7 +122,12 @@ class NativeRuns:
         caller: Caller,
         is_open: bool,
     ) -> NativeRun:
-        """Queues a generation. ServiceError 400 for what cannot be served, 503 where there are too many."""
+        """Queues a generation. ServiceError 400 for what cannot be served, 429 where the caller has too many, 503 where
+        all callers have."""
+        limit = self._max_runs_per_key
+        if limit is not None and sum(run.caller.salt == caller.salt for run in self._runs.values()) >= limit:
+            raise ServiceError(429, f"{limit} generations of this key run or wait to be resumed: at most so many may",
+                               code="concurrency_limit_exceeded", retry_after_s=1.0)  # fmt: skip
         if len(self._runs) >= self._max_runs:
             raise ServiceError(503, f"{self._max_runs} generations wait or run", retry_after_s=1.0)
         try:

@@ -197,19 +197,32 @@ class ReplicaService:
             raise ServiceError(503, "no engine is there at the moment", retry_after_s=5.0)
         return choice
 
-    def lose(self, name: str) -> None:
-        """An engine is gone, until it reports again."""
-        if name in self.router.up:
-            count = self.router.down(name)
-            logger.error("%s died, with the contexts of %d turns", name, count)
+    def birth(self, name: str) -> str:
+        """Which of an engine and its successors is there now."""
+        return self._described[name].birth
+
+    def lose(self, name: str, birth: str) -> None:
+        """An engine is gone, until it or its successor reports. Its successor, if there is one, is not meant."""
+        if name not in self.router.up or birth != self.birth(name):
+            return
+        count = self.router.down(name)
+        logger.error("%s died, with the contexts of %d turns", name, count)
+        # What it said before. Reports come from another thread, and none is older than this one's.
+        for _ in range(len(self._reports)):
+            each, told = self._reports.popleft()
+            if (each, told.birth) != (name, birth):
+                self._reports.append((each, told))
 
     def _take_reports(self) -> None:
         while self._reports:
             name, told = self._reports.popleft()
-            if told.birth != self._described[name].birth:
-                self.lose(name)  # if nobody has noticed that it died
+            if told.birth != self.birth(name):
+                self.lose(name, self.birth(name))  # if nobody has noticed that it died
                 self.router.up_again(name)
                 logger.info("%s is there again", name)
+            elif name not in self.router.up:
+                self.router.up_again(name)
+                logger.info("%s answers again", name)
             self._described[name] = told
 
     def _digests(self, turn: ChatTurn, caller: Caller) -> list[bytes]:
@@ -231,7 +244,7 @@ class _Run:
     ) -> None:
         self._service, self._turn, self._caller = service, turn, caller
         self._digests, self._name = digests, name
-        self._engine = ""
+        self._engine = self._birth = ""
         self._stream: AsyncGenerator[TurnEvent, None]
         self._sent: list[TurnEvent] = []  # behind its start
         self._has_started = False
@@ -258,7 +271,7 @@ class _Run:
         """Returns once an engine has accepted the turn. ServiceError."""
         while True:
             choice = self._service.choose(self._digests, self._name)
-            self._engine = choice.engine
+            self._engine, self._birth = choice.engine, self._service.birth(choice.engine)
             request_id = self._turn.request_id
             if choice.reason is Reason.RECOMPUTED:
                 logger.warning("%s: its conversation was on %s, which died: recomputed on %s", request_id,
@@ -270,8 +283,7 @@ class _Run:
                 self._stream = await self._service.engine(choice.engine).start(self._turn, self._caller)
                 return
             except EngineLostError:
-                self._service.lose(choice.engine)
-                self._service.router.end(choice.engine)
+                self._end()
             except BaseException:
                 self._service.router.end(choice.engine)
                 raise
@@ -303,7 +315,7 @@ class _Run:
                 await self._stream.aclose()
 
     def _end(self) -> None:
-        self._service.lose(self._engine)
+        self._service.lose(self._engine, self._birth)
         self._service.router.end(self._engine)
 
     async def _begin_anew(self) -> None:
@@ -318,6 +330,10 @@ class _Run:
             except EngineLostError:
                 self._end()
                 continue
+            except BaseException:
+                self._service.router.end(self._engine)
+                await self._stream.aclose()
+                raise
             self._stream = _renamed(self._stream, ids)
             return
 
@@ -329,8 +345,6 @@ class _Run:
             if isinstance(new, TurnStarted):
                 new = await anext(self._stream, None)
             if new is None or not _same(old, new, ids):
-                await self._stream.aclose()
-                self._service.router.end(self._engine)
                 self._engine_gone()
         return ids
 

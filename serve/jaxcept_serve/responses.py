@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from jaxcept_serve.response_request import (
 from jaxcept_serve.response_store import ResponseStore, StoredResponse
 from jaxcept_serve.sse import DONE, INTERNAL_ERROR, closing, event
 from jaxcept_serve.turn_chunks import TurnChunks, begin_turn
-from jaxcept_serve.turns import Caller, ChatTurn, ServiceError, TurnDone, TurnEvent
+from jaxcept_serve.turns import Caller, ChatTurn, ServiceError, TurnDone, TurnEvent, require_whole
 from jaxcept_serve.wire import Body, bad, json_response, read_fields, shown
 
 logger = logging.getLogger(__name__)
@@ -179,6 +179,7 @@ class Responses:
         )
         if values["truncation"] == "auto":
             turn = await asyncio.to_thread(_truncated, turn, api)
+            messages = _kept(messages, turn)
         digest = PromptDigest.of(
             turn.messages,
             tools.client,
@@ -211,8 +212,9 @@ class Responses:
             async for turn_event in events:
                 run.builder.feed(turn_event)
         self._complete(run)
-        if run.builder.finished is None or run.builder.finished.finish_reason in ("error", "abort"):
-            raise ServiceError(500, INTERNAL_ERROR)
+        finished = run.builder.finished
+        if finished is None or finished.finish_reason in ("error", "abort"):  # other failures are the response's status
+            require_whole(finished)
         self._keep(run)
         return run.builder.response
 
@@ -306,6 +308,13 @@ def _truncated(turn: ChatTurn, api: Api) -> ChatTurn:
         else:
             low = middle + 1
     return shortened(cuts[low])
+
+
+def _kept(messages: Sequence[Mapping[str, Any]], turn: ChatTurn) -> list[Mapping[str, Any]]:
+    """What a truncated turn kept of the conversation: what it left out is not stored either."""
+    num_system = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    count = sum(message["role"] != "system" for message in turn.messages[:1]) + len(turn.messages) - 1
+    return [*messages[:num_system], *messages[max(num_system, len(messages) - count) :]]
 
 
 def _diagnostics(before: StoredResponse | None, digest: PromptDigest, done: TurnDone) -> dict[str, Any]:

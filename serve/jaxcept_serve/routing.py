@@ -134,6 +134,8 @@ class Router:
             if self._load[holder] - self._load[least] <= self._held_slack:
                 return Choice(holder, Reason.HELD, count)
             return Choice(least, Reason.SPILLED, count, holder)
+        if not known.engines:  # who died was told to another turn, which has not ended yet
+            return Choice(least, Reason.LOAD, count)
         engine = self._least_of(known.engines, least, self._prefix_slack)
         if engine in known.engines:
             return Choice(engine, Reason.PREFIX, count)

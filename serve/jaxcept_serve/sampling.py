@@ -78,7 +78,7 @@ SAMPLING_FIELDS = (
     Field("ignore_eos", "boolean", default=False),
     Field("min_tokens", "integer", default=0, minimum=0, maximum=MAX_INT),
     Field("skip_special_tokens", "boolean", default=True),
-    Field("prompt_logprobs", "integer", minimum=0, maximum=MAX_LOGPROBS),
+    Field("prompt_logprobs", "integer", "Of the prompt's tokens; not in streams.", minimum=0, maximum=MAX_LOGPROBS),
     Field("response_format", "object", "text, json_object or json_schema."),
     Field("structured_outputs", "object", "One of json, regex, choice, grammar, json_object."),
     Field("guided_json", "any", "A JSON schema, or its text."),
@@ -112,6 +112,8 @@ def read_sampling(
         raise bad("top_p", "expected a number above 0, at most 1")
     if max_tokens is not None and values["min_tokens"] > max_tokens:
         raise bad("min_tokens", f"expected at most max_tokens={max_tokens}, got {values['min_tokens']}")
+    if values.get("stream") and values["prompt_logprobs"] is not None:
+        raise bad("prompt_logprobs", "expected stream to be false with it")
     fields = {name: values[name] for name in _PLAIN}
     fields |= {"max_tokens": max_tokens, "logprobs": logprobs} | _structured(values, options)
     try:

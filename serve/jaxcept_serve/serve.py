@@ -79,7 +79,7 @@ def _add_limit_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-concurrent-per-key", type=int)
     group.add_argument("--requests-per-s", type=float, help="of one key")
     group.add_argument("--max-num-queued-reqs", type=int, default=usual.max_num_queued_reqs, help="0: no limit")
-    group.add_argument("--max-num-queued-tokens", type=int, help="of prompts that wait")
+    group.add_argument("--max-num-queued-tokens", type=int, help="of prompts that wait: past them, none more")
     group.add_argument("--max-headers", type=int, default=usual.max_headers)
     group.add_argument("--max-header-bytes", type=int, default=usual.max_header_bytes)
     group.add_argument("--max-tools", type=int, default=usual.max_tools)

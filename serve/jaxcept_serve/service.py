@@ -294,7 +294,8 @@ class EngineService:
         wanted = self.hold.ttl_s if turn.hints.hold_ttl_s is None else turn.hints.hold_ttl_s
         seconds = min(wanted, self.hold.max_ttl_s)
         may_hold = turn.params.n == 1 and not turn.params.stop_token_ids and self.hold.max_held > 0
-        return seconds if seconds > 0 and may_hold and not turn.is_prewarm else None
+        ends = turn.is_prewarm or turn.params.prompt_logprobs is not None  # these are told at a sequence's end
+        return seconds if seconds > 0 and may_hold and not ends else None
 
     def _options(self, turn: ChatTurn, hold_s: float | None) -> InterceptOptions:
         expected = turn.hints.expected_tool_s
@@ -366,17 +367,19 @@ class EngineService:
 
     # What runs use.
 
-    def stream_calls(self, index: int) -> CallStream:
-        """A splitter for one completion's text."""
+    def stream_calls(self, index: int, toolbox: Toolbox) -> CallStream:
+        """A splitter for one completion's text. A call of a tool that nobody has is the server's: the model is told."""
         if self._make_parser is None:
             raise ServiceError(
                 400, "tools: the model's chat template shows no known format of tool calls", param="tools"
             )
         prefix, count = secrets.token_hex(10), iter(range(1 << 30))
-        own = self.toolbox
-        return CallStream(
-            self._make_parser(), index, lambda: f"call_{prefix}{next(count):04d}", lambda name: name in own
-        )
+
+        def is_of_server(name: str) -> bool:
+            made = toolbox.get(name)
+            return made is None or made.function is not None
+
+        return CallStream(self._make_parser(), index, lambda: f"call_{prefix}{next(count):04d}", is_of_server)
 
     @property
     def token_bytes(self) -> float:
@@ -421,6 +424,7 @@ class _Completion:
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.results: dict[str, tuple[str, bool]] = {}  # by the client's name of the call
+        self.waiting: set[str] = set()  # server's calls of a turn that the client's answers end
         self.is_over = False
         self.spent = Spent()
 
@@ -461,11 +465,11 @@ class _Run:
         self.has_ended_turn = True
         self.open_calls: tuple[CallRef, ...] = ()  # those that the client answers, and the server's beside them
         self.answers: dict[str, str] = {}
-        self._waiting: set[str] = set()  # server's calls of a turn that the client's answers end
         self._num_returned = 0
         self._output: RequestOutput | None = None
-        has_calls = toolbox is not None
-        self._completions = [_Completion(i, service.stream_calls(i) if has_calls else None) for i in range(params.n)]
+        self._completions = [
+            _Completion(i, service.stream_calls(i, toolbox) if toolbox is not None else None) for i in range(params.n)
+        ]
 
     @property
     def is_over(self) -> bool:
@@ -548,9 +552,7 @@ class _Run:
         refs = [CallRef(own.calls.ids[call.id], call.name, call.arguments) for call in turn.calls if _is_whole(call)]
         self.open_calls = tuple(refs)
         self.has_ended_turn = turn.ended_turn
-        self._waiting = {
-            own.calls.ids[call.id] for call in turn.calls if _is_whole(call) and not self._is_outside(call)
-        }
+        own.waiting = {own.calls.ids[call.id] for call in turn.calls if _is_whole(call) and not self._is_outside(call)}
         return [*events, *self._end_if_answered(own)]
 
     def _on_answered(self, own: _Completion, delta: Delta) -> list[TurnEvent]:
@@ -560,14 +562,14 @@ class _Run:
         call_id = own.calls.ids[delta.call_id]
         own.results[call_id] = (record.result, record.is_error)
         event = ToolAnswered(own.index, call_id, record.name, record.result, record.is_error, record.duration_s)
-        if call_id not in self._waiting:
+        if call_id not in own.waiting:
             return [event]
-        self._waiting.discard(call_id)
+        own.waiting.discard(call_id)
         self.answers[call_id] = record.result
         return [event, *self._end_if_answered(own)]
 
     def _end_if_answered(self, own: _Completion) -> list[TurnEvent]:
-        if self._waiting:
+        if own.waiting:
             return []
         self.is_held = self.holds
         return [own.finished("tool_calls", None)]

@@ -200,6 +200,24 @@ class ServiceError(Exception):
         self.retry_after_s = retry_after_s
 
 
+_FAILURES = {
+    "abort": ServiceError(503, "the server stopped the turn", code="aborted", retry_after_s=1.0),
+    "error": ServiceError(500, "the server failed in the middle of the turn"),
+    "tool_timeout": ServiceError(500, "a tool that the server runs did not answer in time"),
+    "tool_failed": ServiceError(500, "a tool that the server runs failed"),
+}
+
+
+def require_whole(finished: TurnFinished | None) -> TurnFinished:
+    """The completion, if it came to an end of its own; otherwise raises the ServiceError that says what happened."""
+    reason = finished.finish_reason if finished is not None else "error"
+    if finished is not None and reason == "error" and finished.stop_reason is not None:
+        raise ServiceError(400, str(finished.stop_reason))
+    if finished is None or reason in _FAILURES:
+        raise _FAILURES[reason]
+    return finished
+
+
 class Service(Protocol):
     """What APIs ask of the engine. Every call may raise ServiceError."""
 
