@@ -27,12 +27,13 @@ def llm():
     made.close()
 
 
-@pytest.fixture
-def run(llm: AsyncLLM):
-    """Runs a test against a fresh application."""
+@pytest.fixture(params=[None])
+def run(llm: AsyncLLM, request: pytest.FixtureRequest):
+    """Runs a test against a fresh application; the parameter bounds what a key may have in flight."""
     service = EngineService(llm, ["shipped"])
     keys = (ApiKey("me", "mine"), ApiKey("other", "theirs"))
-    app = create_app(service, ServerOptions(api_keys=keys), extra_routes=[routes_of(service)])
+    options = ServerOptions(api_keys=keys, max_concurrent_per_key=request.param)
+    app = create_app(service, options, extra_routes=[routes_of(service)])
 
     def do(test: Callable[[httpx.AsyncClient], Coroutine[Any, Any, None]]) -> None:
         async def whole(url: str) -> None:
@@ -58,6 +59,23 @@ async def start(client: httpx.AsyncClient, **fields: Any) -> Json:
     assert plain["status"] == "finished" and plain["finish_reason"] == "length" and len(plain["token_ids"]) == 4
     trigger = {"token_ids": [plain["token_ids"][3]]}
     return await post(client, "/v1/generate", **{**greedy, "max_tokens": 8, "triggers": trigger, **fields})
+
+
+@pytest.mark.parametrize("run", [2], indirect=True)
+def test_a_key_has_so_many_generations_that_wait(run: Any):
+    async def test(client: httpx.AsyncClient) -> None:
+        opened = [(await start(client, timeout_s=86400))["interception"] for _ in range(2)]
+        assert all(each["expires_at"] - each["opened_at"] <= 3601 for each in opened), "as long as a hold at most"
+        body = {"prompt": PROMPT, "max_tokens": 1}
+        full = await client.post("/v1/generate", json=body)
+        assert full.status_code == 429 and full.headers["retry-after"]
+        other = await client.post("/v1/generate", json=body, headers={"authorization": "Bearer theirs"})
+        assert other.status_code == 200, "the other key's are its own"
+        for each in opened:
+            assert (await client.delete(f"/v1/interceptions/{each['id']}")).status_code == 200
+        await post(client, "/v1/generate", **body)
+
+    run(test)
 
 
 def test_an_interception_is_answered_by_its_id(run: Any, llm: AsyncLLM):

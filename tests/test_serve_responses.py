@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -13,11 +14,13 @@ from pydantic import BaseModel, TypeAdapter
 from scripted_service import USAGE, ScriptedService, called, ran, said
 from starlette.applications import Starlette
 
+from jaxcept.scheduler.params import SamplingParams
 from jaxcept.scheduler.plan import TokenLogprobs
 from jaxcept_serve.app import create_app
 from jaxcept_serve.conversion import with_server_calls
 from jaxcept_serve.response_store import ResponseStore, StoredResponse
-from jaxcept_serve.turns import Caller, ServiceError, TextDelta, TurnDone, TurnFinished
+from jaxcept_serve.responses import _kept
+from jaxcept_serve.turns import Caller, ChatTurn, ServiceError, TextDelta, TurnDone, TurnFinished
 
 TOOL = {
     "type": "function",
@@ -380,6 +383,17 @@ def test_truncation_drops_the_oldest_turns() -> None:
     )
     kept = [message["content"] for message in service.turns[-1].messages]
     assert kept == ["s", "6 a b"], "seven tokens fit: the system's and the last question, not one turn more"
+
+
+def test_what_truncation_left_out_is_not_stored() -> None:
+    def said_by(role: str, *numbers: int) -> list[Any]:
+        return [{"role": role, "content": str(i)} for i in numbers]
+
+    whole = [*said_by("system", 0), *said_by("user", 1, 2, 3, 4)]
+    turn = ChatTurn("id", [*said_by("system", 9), *said_by("user", 3, 4)], SamplingParams())
+    assert _kept(whole, turn) == [*said_by("system", 0), *said_by("user", 3, 4)]
+    assert _kept(whole[1:], replace(turn, messages=turn.messages[1:])) == said_by("user", 3, 4)
+    assert _kept(whole, replace(turn, messages=whole)) == whole
 
 
 def test_tool_choice_and_the_tools_of_the_server() -> None:
