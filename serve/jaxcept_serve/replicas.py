@@ -207,11 +207,9 @@ class ReplicaService:
             return
         count = self.router.down(name)
         logger.error("%s died, with the contexts of %d turns", name, count)
-        # What it said before. Reports come from another thread, and none is older than this one's.
-        for _ in range(len(self._reports)):
-            each, told = self._reports.popleft()
-            if (each, told.birth) != (name, birth):
-                self._reports.append((each, told))
+        reports = [self._reports.popleft() for _ in range(len(self._reports))]  # another thread may append
+        kept = [(each, told) for each, told in reports if (each, told.birth) != (name, birth)]
+        self._reports.extendleft(reversed(kept))  # what it said before is no sign of life
 
     def _take_reports(self) -> None:
         while self._reports:

@@ -122,8 +122,9 @@ class Router:
     def _choose(self, digests: Sequence[Hashable], name: Hashable | None) -> Choice:
         least = min(self.up, key=lambda engine: (self._load[engine], self._order[engine]))
         count, known = self._find(digests, name)
-        if known is None:
-            return Choice(least, Reason.LOAD)
+        # Nobody, where another turn was told who died and has not ended yet.
+        if known is None or not (known.engines or known.died):
+            return Choice(least, Reason.LOAD, count)
         if known.died is not None:
             died, known.died = known.died, None
             others = [engine for engine in known.engines if not self._is_down[engine]]
@@ -134,8 +135,6 @@ class Router:
             if self._load[holder] - self._load[least] <= self._held_slack:
                 return Choice(holder, Reason.HELD, count)
             return Choice(least, Reason.SPILLED, count, holder)
-        if not known.engines:  # who died was told to another turn, which has not ended yet
-            return Choice(least, Reason.LOAD, count)
         engine = self._least_of(known.engines, least, self._prefix_slack)
         if engine in known.engines:
             return Choice(engine, Reason.PREFIX, count)
