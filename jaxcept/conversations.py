@@ -32,27 +32,34 @@ class CallRef:
 
 
 @dataclass(slots=True)
+class IdBuffer:
+    """The ids of a conversation as far as it has come, for all of its turns."""
+
+    ids: array[int]
+    num_turns: int = 0  # those that are remembered
+
+
+@dataclass(slots=True)
 class KnownTurn:
     """A turn that the model ended: the ids of its conversation from the beginning to there.
 
     `request_id` is the request whose sequence waits with the context, None where none does. `answers` are results of
     calls that need no client: tools of the server, called in the same turn as the client's. `ended_turn` says that the
-    last id ends the turn. The ids are the first `num_ids` of a buffer, which a later turn of the conversation shares.
+    last id ends the turn. The ids are the first `num_ids` of a buffer, which turns of the conversation share.
     """
 
-    buffer: array[int]
+    buffer: IdBuffer
     num_ids: int
     calls: tuple[CallRef, ...] = ()
     answers: Mapping[str, str] = field(default_factory=dict)
     ended_turn: bool = True
     request_id: str | None = None
     conversation: str | None = None
-    num_own: int = 0  # ids that no earlier turn has, and the overhead
 
     @property
     def ids(self) -> array[int]:
         """A copy of the ids."""
-        return self.buffer[: self.num_ids]
+        return self.buffer.ids[: self.num_ids]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +95,11 @@ class Conversations:
     def remember(self, digest: Digest, turn: KnownTurn, before: KnownTurn | None = None) -> list[str]:
         """Takes a turn under the digest of all its messages; the requests whose contexts are to be given up for it.
 
-        `before` is the turn that it goes on from, with which it shares its ids.
+        `before` is the turn that it goes on from, whose buffer it extends where no other turn has gone on differently.
         """
         variants = self._turns.setdefault(digest, [])
         variants.append(turn)
-        turn.num_own = turn.num_ids + TURN_OVERHEAD
-        if before is not None:
-            before.buffer = turn.buffer
-            turn.num_own -= before.num_ids
-        self._num_ids += turn.num_own
+        self._store(turn, before)
         self._turns.move_to_end(digest)
         if turn.request_id is not None:
             self._held[turn.request_id] = turn
@@ -133,8 +136,22 @@ class Conversations:
         """The request that holds the turn's context, for one taker; None for whoever comes after."""
         return self._release(turn) if turn.request_id is not None else None
 
+    def _store(self, turn: KnownTurn, before: KnownTurn | None) -> None:
+        """Ids are counted by the buffer, which is kept until the last of its turns is forgotten."""
+        own = turn.buffer
+        shared = before.buffer if before is not None and before.buffer.num_turns else None
+        if shared is not None and own.ids[: len(shared.ids)] == shared.ids:
+            self._num_ids += len(own.ids) - len(shared.ids)
+            shared.ids.extend(own.ids[len(shared.ids) :])
+            turn.buffer = shared
+        else:
+            self._num_ids += len(own.ids)
+        turn.buffer.num_turns += 1
+        self._num_ids += TURN_OVERHEAD
+
     def _forget(self, turn: KnownTurn) -> list[str]:
-        self._num_ids -= turn.num_own
+        turn.buffer.num_turns -= 1
+        self._num_ids -= TURN_OVERHEAD + (0 if turn.buffer.num_turns else len(turn.buffer.ids))
         return [self._release(turn)] if turn.request_id is not None else []
 
     def _release(self, turn: KnownTurn) -> str:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import Any
 
-from jaxcept.conversations import TURN_OVERHEAD, Conversations, KnownTurn, digests_of, extend_digest
+from jaxcept.conversations import TURN_OVERHEAD, Conversations, IdBuffer, KnownTurn, digests_of, extend_digest
 
 ASK = {"role": "user", "content": "a"}
 SAID = {"role": "assistant", "content": "b"}
 
 
 def turn(count: int, request_id: str | None = None, conversation: str | None = None) -> KnownTurn:
-    return KnownTurn(array("i", range(count)), count, request_id=request_id, conversation=conversation)
+    return of_ids(range(count), request_id=request_id, conversation=conversation)
+
+
+def of_ids(ids: Sequence[int], **facts: Any) -> KnownTurn:
+    return KnownTurn(IdBuffer(array("i", ids)), len(ids), **facts)
 
 
 def digests(*messages: dict[str, Any], salt: str = "", **settings: Any) -> list[bytes]:
@@ -32,6 +37,48 @@ def test_the_longest_known_beginning_is_found():
     assert known.find(digests(ASK, SAID, ASK, salt="another")) is None
     assert known.find(digests(ASK, SAID, ASK, tools=["another"])) is None
     assert known.num_ids == 5 + 2 * TURN_OVERHEAD and first.buffer is second.buffer, "ids are kept once"
+
+
+def stored(*turns: KnownTurn) -> int:
+    """Ids that the buffers of these turns hold."""
+    return sum(len(ids) for ids in {id(each.buffer): each.buffer.ids for each in turns}.values())
+
+
+def test_the_turns_of_a_long_conversation_share_one_buffer():
+    known, turns = Conversations(), [turn(100)]
+    known.remember(b"0", turns[0])
+    for i in range(1, 50):
+        turns.append(turn(100 * (i + 1)))
+        known.remember(b"%d" % i, turns[i], turns[i - 1])
+    assert stored(*turns) == 5000 and known.num_ids == 5000 + 50 * TURN_OVERHEAD
+    assert all(list(each.ids) == list(range(each.num_ids)) for each in turns)
+
+
+def test_a_branch_has_ids_of_its_own_which_are_counted():
+    known = Conversations()
+    root, one, other = turn(10), turn(14), of_ids([*range(10), 99, 98])
+    again = turn(16)
+    for i, (made, before) in enumerate([(root, None), (one, root), (other, root), (again, one)]):
+        known.remember(b"%d" % i, made, before)
+    assert one.buffer is root.buffer is again.buffer and other.buffer is not root.buffer
+    assert list(root.ids) == list(range(10)) and list(one.ids) == list(range(14)) and other.ids[10] == 99
+    assert known.num_ids == stored(root, one, other, again) + 4 * TURN_OVERHEAD == 16 + 12 + 4 * TURN_OVERHEAD
+
+
+def test_what_is_counted_is_what_is_held_whatever_was_forgotten():
+    known = Conversations(max_ids=3 * TURN_OVERHEAD + 100)
+    first, second, third = turn(10), turn(20), turn(30)
+    known.remember(b"1", first)
+    known.remember(b"2", second, first)
+    known.remember(b"3", turn(60))
+    known.remember(b"4", third, second)
+    assert known.find([b"", b"1", b"next"]) is None, "the first turn is forgotten, the second has its ids still"
+    assert list(second.ids) == list(range(20)) and second.buffer is third.buffer
+    assert known.num_ids == 30 + 60 + 3 * TURN_OVERHEAD
+    known.remember(b"5", turn(3 * TURN_OVERHEAD))
+    assert known.num_ids == 3 * TURN_OVERHEAD + TURN_OVERHEAD, "with the last of its turns a buffer goes"
+    known.remember(b"6", late := turn(40), third)
+    assert late.buffer is not third.buffer and known.num_ids == 40 + TURN_OVERHEAD, "nothing hangs on what is forgotten"
 
 
 def test_what_clients_write_differently_is_the_same_message():

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from jaxcept.async_llm import AsyncLLM, Stream
 from jaxcept.constraint import ToolChoice, ToolMode
-from jaxcept.conversations import CallRef, Conversations, Digest, KnownTurn, digests_of, extend_digest
+from jaxcept.conversations import CallRef, Conversations, Digest, IdBuffer, KnownTurn, digests_of, extend_digest
 from jaxcept.engine import EngineDeadError
 from jaxcept.outputs import Delta, RequestOutput, Spent
 from jaxcept.scheduler.params import SamplingParams
@@ -277,7 +277,7 @@ class EngineService:
             ],
         }
         known = KnownTurn(
-            buffer=array("i", run.all_ids),
+            buffer=IdBuffer(array("i", run.all_ids)),
             num_ids=len(run.all_ids),
             calls=run.open_calls,
             answers=dict(run.answers),
