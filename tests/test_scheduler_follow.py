@@ -10,7 +10,7 @@ from jaxcept.scheduler.interception import Residency
 from jaxcept.scheduler.params import InterceptParams, SamplingParams
 from jaxcept.scheduler.request import Request
 from jaxcept.scheduler.scheduler import StateError
-from tests.fakes import VOCAB, Rig, next_token, scripted
+from tests.fakes import VOCAB, FakeWatcher, Rig, next_token, scripted
 from tests.workloads import POLICIES
 
 PROMPT = tuple(range(10, 16))
@@ -98,6 +98,28 @@ def test_what_cannot_be_followed():
     rig.engine.resume("first", ())
     rig.run()
     assert rig.told(Finished)[0].reason is FinishReason.LENGTH
+
+
+def test_a_follower_whose_watcher_cannot_be_made_changes_nothing():
+    def refuse(_: int) -> FakeWatcher:
+        raise ValueError("a grammar that cannot be compiled")
+
+    rig = Rig()
+    rig.add("first", PROMPT, scripted(2, timeout_s=8.0), max_tokens=9)
+    until_intercepted(rig, 1)
+    held = (*PROMPT, *generated(PROMPT, 2))
+    with pytest.raises(ValueError, match="cannot be compiled"):
+        rig.engine.follow("first", Request("second", (*held, 5), watcher=refuse))
+    rig.scheduler.check()
+    assert rig.scheduler.num_intercepted == 1
+    rig.clock.advance(50.0)
+    rig.step()
+    rig.run()
+    (end,) = rig.told(Finished)
+    assert end.request_id == "first" and end.interceptions[0].outcome == "timeout", "its deadline is as it was"
+    rig.engine.add(request("second", (*held, 5)))
+    rig.run()
+    assert rig.told(Finished)[-1].request_id == "second"
 
 
 def test_an_answer_in_pieces_is_computed_as_it_comes():

@@ -187,7 +187,9 @@ class Lifecycle:
         """INTERCEPTED → WAITING for another request, whose prompt begins with all that the sequence has.
 
         The request that ends so gives its Finished event; what it waited for is the first interception of the next.
+        What the next one's watcher raises comes before anything has changed.
         """
+        watcher = family.make_watcher(seq.index)
         opened = seq.opened
         assert opened is not None, f"sequence {seq.seq_id} is intercepted without a record"
         ended = _finished(seq, FinishReason.CONTINUED, now, None)
@@ -196,7 +198,7 @@ class Lifecycle:
         self._estimator.end(seq.seq_id, now, has_returned=True)
         opened.index, opened.ended_at, opened.outcome = 0, now, Outcome.RETURNED
         self._book.hand_over(seq, family)
-        seq.serve(family, now, self._config.max_len)
+        seq.serve(family, watcher, now, self._config.max_len)
         seq.key = (family.request.rank(now if self._requeues_at_tail else seq.arrival), seq.seq_id)
         self._book.wait(seq, now)
         self.begin(seq, now)

@@ -35,6 +35,10 @@ class Family:
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs_sent = request.params.prompt_logprobs is None
 
+    def make_watcher(self, index: int) -> Watcher | None:
+        """What reads the tokens of the completion at this index; raises what the request's function raises."""
+        return self.request.watcher(index) if self.request.watcher is not None else None
+
     @property
     def needs_prompt_logprobs(self) -> bool:
         """Whether prompt positions must still be computed for the sake of their log-probabilities."""
@@ -166,9 +170,9 @@ class Sequence:
 
         self.opened: OpenInterception | None = None
         self.attention = 0
-        self.serve(family, arrival, max_len)
+        self.serve(family, family.make_watcher(index), arrival, max_len)
 
-    def serve(self, family: Family, asked_at: float, max_len: int) -> None:
+    def serve(self, family: Family, watcher: Watcher | None, asked_at: float, max_len: int) -> None:
         """Takes what belongs to the request, of which nothing is generated yet: at the start, and where a later request
         goes on with the context of an earlier one."""
         request = family.request
@@ -176,7 +180,7 @@ class Sequence:
         self.request = request
         self.asked_at = asked_at
         self.seed = request.seed(self.index)
-        self.watcher: Watcher | None = request.watcher(self.index) if request.watcher is not None else None
+        self.watcher = watcher
         self.stop_ids = frozenset(request.stop_token_ids)
         self.special_ids = self.stop_ids | frozenset(request.intercept.token_ids)
         self.token_ids = list(request.prompt_ids)
