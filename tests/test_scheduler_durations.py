@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxcept.scheduler.durations import ESTIMATORS, DurationEstimator, Oracle, Profile, Survival, make_estimator
+from jaxcept.scheduler.durations import (
+    ESTIMATORS,
+    MAX_TOOLS,
+    DurationEstimator,
+    Oracle,
+    Profile,
+    Survival,
+    make_estimator,
+)
 from jaxcept.scheduler.survival import FEW, WINDOW, SurvivalCurve
 
 SEQ_IDS = itertools.count(1000)
@@ -174,6 +182,18 @@ def test_old_calls_are_forgotten():
     survival = Survival()
     teach(survival, "drift", iter([(1.0, True)] * 5000 + [(9.0, True)] * WINDOW))
     assert at(survival, "drift", 0.0) == pytest.approx(9.0)
+
+
+def test_tools_that_nobody_calls_any_more_are_forgotten():
+    survival = Survival()
+    for name in ("asked", "called", "gone"):
+        teach(survival, name, iter([(50.0, True)] * FEW))
+    for i in range(MAX_TOOLS - 1):
+        teach(survival, f"tool {i}", iter([(1.0, True)]))
+        assert at(survival, "asked", 1.0) == pytest.approx(49.0)
+        teach(survival, "called", iter([(50.0, True)]))
+    assert at(survival, "called", 1.0) == pytest.approx(49.0)
+    assert at(survival, "gone", 1.0) == 1.0, "nothing is known of it"
 
 
 def test_asking_is_cheap_however_much_is_known(monkeypatch: pytest.MonkeyPatch):

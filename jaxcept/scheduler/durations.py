@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 from jaxcept.scheduler.survival import SurvivalCurve
+
+MAX_TOOLS = 1024  # tools whose history is kept: clients name tools as they like
 
 
 class DurationEstimator(Protocol):
@@ -103,22 +106,26 @@ class Survival(Elapsed):
 
     Kaplan and Meier's survival curve (JASA 53, 1958) of the last calls; calls in flight and calls cut short count as
     lasting longer than they have been seen to. Where fewer than `FEW` returned calls took longer than this one has
-    taken, history says little, and the elapsed time decides.
+    taken, history says little, and the elapsed time decides. Of many tools the least recently used are forgotten.
     """
 
     name = "survival"
 
     def __init__(self) -> None:
         super().__init__()
-        self._curves: dict[str, SurvivalCurve] = {}
+        self._curves: OrderedDict[str, SurvivalCurve] = OrderedDict()
 
     def _ended(self, call: OpenCall, seconds: float, has_returned: bool) -> None:
         self._curves.setdefault(call.tool, SurvivalCurve()).add(seconds, has_returned)
+        self._curves.move_to_end(call.tool)
+        if len(self._curves) > MAX_TOOLS:
+            self._curves.popitem(last=False)
 
     def _guess(self, call: OpenCall, elapsed: float, now: float) -> float:
         curve = self._curves.get(call.tool)
         if curve is None:
             return elapsed
+        self._curves.move_to_end(call.tool)
         if curve.is_stale:
             curve.rebuild([now - other.since for other in self._open.values() if other.tool == call.tool])
         left = curve.mean_left(elapsed)
