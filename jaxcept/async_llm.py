@@ -21,9 +21,6 @@ from jaxcept.tools.toolbox import Toolbox
 
 logger = logging.getLogger(__name__)
 
-# How long the engine's thread sleeps where nothing can be computed and no message comes.
-_IDLE_S = 1.0
-
 T = TypeVar("T")
 
 
@@ -47,6 +44,7 @@ class AsyncLLM:
         chosen = config if config is not None else EngineConfig(model=model, **options)
         self.session: Session = build_session(chosen, progress)
         self._streams: dict[str, Stream] = {}  # by request_id; of the engine's thread
+        self._waiters = Waiters()
         self._count = 0
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="jaxcept-engine", daemon=True)
@@ -112,11 +110,8 @@ class AsyncLLM:
 
         Raises ValueError on what cannot be served, EngineDeadError when the device has failed.
         """
-        if self._is_closed or not self._thread.is_alive():
-            raise EngineDeadError("the engine's thread has ended")
-        loop = asyncio.get_running_loop()
-        stream = Stream(self, request_id, params.n, loop)
-        taken: asyncio.Future[None] = loop.create_future()
+        taken: asyncio.Future[None] = self._waiters.open()
+        stream = Stream(self, request_id, params.n, taken.get_loop())
 
         def add() -> None:
             try:
@@ -136,7 +131,7 @@ class AsyncLLM:
                 error = None
             except Exception as caught:
                 error = caught
-            _call(loop, _settle, taken, error)
+            _settle(taken, error)
 
         self.session.post(add)
         try:
@@ -157,9 +152,8 @@ class AsyncLLM:
         more: bool = False,
     ) -> None:
         """Goes on with an intercepted completion, as Session.resume does. Raises StateError or ValueError where it
-        cannot."""
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
+        cannot, EngineDeadError when the device has failed."""
+        done: asyncio.Future[None] = self._waiters.open()
         self.session.resume(
             request_id,
             text,
@@ -167,7 +161,7 @@ class AsyncLLM:
             index=index,
             interception=interception,
             more=more,
-            on_done=lambda error: _call(loop, _settle, done, error),
+            on_done=lambda error: _settle(done, error),
         )
         await done
 
@@ -177,18 +171,15 @@ class AsyncLLM:
 
     async def ask(self, question: Callable[[Session], T]) -> T:
         """What a function of the session gives, called by the thread that owns it between two steps."""
-        if self._is_closed or not self._thread.is_alive():
-            raise EngineDeadError("the engine's thread has ended")
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[T] = loop.create_future()
+        answer: asyncio.Future[T] = self._waiters.open()
 
         def call() -> None:
             try:
                 value = question(self.session)
             except Exception as error:
-                _call(loop, _settle, answer, error)
+                _settle(answer, error)
                 return
-            _call(loop, _settle, answer, None, value)
+            _settle(answer, None, value)
 
         self.session.post(call)
         return await answer
@@ -199,7 +190,7 @@ class AsyncLLM:
         return self._thread.is_alive() and not self._is_closed and not self.session.engine.is_dead
 
     def close(self) -> None:
-        """Aborts everything and ends the engine's thread."""
+        """Ends the engine's thread; whoever still listens or waits is told by an EngineDeadError."""
         self._is_closed = True
         self.session.post(lambda: None)
         self._thread.join()
@@ -238,15 +229,20 @@ class AsyncLLM:
     # The engine's thread.
 
     def _run(self) -> None:
+        why = "the engine was closed"
         try:
             while not self._is_closed:
                 self._step()
         except Exception as error:
             logger.exception("the engine's thread failed")
-            self._fail(error)
+            why = f"the engine's thread failed with {error!r}"
+        self._waiters.end(why)
+        for stream in self._streams.values():
+            _call(stream.loop, stream.put, EngineDeadError(why))
+        self._streams.clear()
 
     def _step(self) -> None:
-        idle_s = self.session.idle_s() if self.session.has_work else _IDLE_S
+        idle_s = self.session.idle_s()
         if idle_s > 0:
             self.session.wait(idle_s)
         batches: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Delta]]] = {}
@@ -259,10 +255,36 @@ class AsyncLLM:
         for loop, batch in batches.items():
             _call(loop, _deliver, batch)
 
-    def _fail(self, error: Exception) -> None:
-        for stream in self._streams.values():
-            _call(stream.loop, stream.put, EngineDeadError(f"the engine's thread failed with {error!r}"))
-        self._streams.clear()
+
+class Waiters:
+    """Futures that the engine's thread settles: none is left open when the thread ends."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._futures: set[asyncio.Future[Any]] = set()
+        self._end: str | None = None  # why nobody settles them any more
+
+    def open(self) -> asyncio.Future[Any]:
+        """A future of the running loop, for `_settle` to settle. EngineDeadError once the thread has ended."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        with self._lock:
+            if self._end is not None:
+                raise EngineDeadError(self._end)
+            self._futures.add(future)
+        future.add_done_callback(self._drop)
+        return future
+
+    def end(self, why: str) -> None:
+        """Fails those that are open, and refuses further ones."""
+        with self._lock:
+            self._end = why
+            futures = list(self._futures)
+        for future in futures:
+            _settle(future, EngineDeadError(why))
+
+    def _drop(self, future: asyncio.Future[Any]) -> None:
+        with self._lock:
+            self._futures.discard(future)
 
 
 class Stream:
@@ -310,12 +332,17 @@ def _deliver(batch: list[tuple[Stream, Delta]]) -> None:
 
 
 def _settle(future: asyncio.Future[Any], error: Exception | None, value: Any = None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(value)
-    else:
-        future.set_exception(error)
+    """Settles a future of another thread's loop, unless somebody has."""
+
+    def settle() -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(error)
+
+    _call(future.get_loop(), settle)
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from jaxcept import LLM, AsyncLLM, InterceptOptions, SamplingParams, tool
+from jaxcept.engine import EngineDeadError
 from jaxcept.scheduler.scheduler import StateError
 from jaxcept.tools import builtin
 
@@ -203,3 +204,49 @@ def test_async_errors_reach_the_caller(async_llm):
     options = InterceptOptions(strings=("zzz",), timeout_s=5)
     deltas = collect(async_llm, "a", SamplingParams(temperature=0, max_tokens=2), intercept=options)
     assert deltas[-1].kind == "finished"
+
+
+def test_the_last_step_of_a_request_is_not_charged_with_the_idle_time_behind_it(async_llm):
+    deltas = collect(async_llm, QUESTION, GREEDY, tools=builtin.TOOLS)
+    assert deltas[-1].finish_reason == "stop", "the step behind the last token was in flight"
+    time.sleep(0.3)
+    engine = async_llm.session.engine
+    assert engine.num_in_flight == 0
+    before = engine.metrics()["busy_s"]
+    time.sleep(1.0)
+    assert engine.metrics()["busy_s"] == before
+
+
+def test_whoever_waits_is_told_that_the_engine_was_closed():
+    made = AsyncLLM(**SIZES)
+    params = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
+    hold = InterceptOptions(token_ids=tuple(range(made.session.tokenizer.vocab_size)), timeout_s=60)
+
+    async def listen(kinds):
+        async for delta in made.generate("a", params, intercept=hold, request_id="held"):
+            kinds.append(delta.kind)
+
+    async def run():
+        kinds, release, is_stepping = [], threading.Event(), threading.Event()
+        stream = asyncio.create_task(listen(kinds))
+        while "intercepted" not in kinds:
+            await asyncio.sleep(0.02)
+        made.session.observers.append(lambda *_: (is_stepping.set(), release.wait(20)))
+        await asyncio.to_thread(is_stepping.wait, 20)
+        waiting = [
+            asyncio.create_task(made.ask(lambda session: 1)),
+            asyncio.create_task(made.resume("held", "x")),
+            asyncio.create_task(made.submit("b", params, request_id="late")),
+        ]
+        closing = asyncio.create_task(asyncio.to_thread(made.close))
+        while made.is_alive:
+            await asyncio.sleep(0.02)
+        release.set()
+        await closing
+        told = await asyncio.wait_for(asyncio.gather(stream, *waiting, return_exceptions=True), 10)
+        assert [type(each) for each in told] == [EngineDeadError] * 4
+        for call in (made.ask(lambda session: 1), made.resume("held", "x"), made.submit("c", params, request_id="c")):
+            with pytest.raises(EngineDeadError, match="closed"):
+                await asyncio.wait_for(call, 10)
+
+    asyncio.run(run())
