@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ class LLM:
         self._progress = sys.stderr.isatty() if progress is None else progress
         self._lock = threading.RLock()
         self._count = 0
+        self._arrived: dict[str, deque[Delta]] = {}  # by unfinished request; a job's requests share one
         with self._bar() as bar:
             task = bar.add_task("starting", total=None)
             self.session: Session = build_session(
@@ -145,12 +147,14 @@ class LLM:
 
     def _stream(self, job: _Job) -> Iterator[Delta]:
         with self._lock, closing_own(job.toolbox, job.tools):
-            ids = self._add(job)
+            arrived: deque[Delta] = deque()
+            ids = self._add(job, arrived)
             index = {request_id: str(i) for i, request_id in enumerate(ids)}
-            for delta in self._deltas(ids):
+            for delta in self._deltas(ids, arrived):
                 yield replace(delta, request_id=index[delta.request_id])
 
-    def _add(self, job: _Job) -> list[str]:
+    def _add(self, job: _Job, arrived: deque[Delta]) -> list[str]:
+        """Queues a job's prompts, whose deltas will be in `arrived`; their request_ids."""
         ids: list[str] = []
         try:
             for prompt, params in zip(job.prompts, job.params, strict=True):
@@ -164,28 +168,52 @@ class LLM:
                     options=job.intercept,
                 )
                 ids.append(request_id)
+                self._arrived[request_id] = arrived
         except BaseException:
             self._abandon(ids)
             raise
         return ids
 
-    def _deltas(self, ids: Sequence[str]) -> Iterator[Delta]:
+    def _deltas(self, ids: Sequence[str], arrived: deque[Delta]) -> Iterator[Delta]:
         """Steps until all of these have finished; leaving early aborts them."""
+        unfinished = set(ids)
         try:
-            while self.session.has_work:
-                idle_s = self.session.idle_s()
-                if idle_s > 0:
-                    self.session.wait(idle_s)
-                yield from self.session.step()
+            while unfinished:
+                while arrived:
+                    delta = arrived.popleft()
+                    if delta.output is not None:
+                        unfinished.remove(delta.request_id)
+                    yield delta
+                if unfinished:
+                    self._step()
         except BaseException:
             self._abandon(ids)
             raise
+        self._rest()
+
+    def _step(self) -> None:
+        """One step for all streams that are open: a thread may begin one while another is."""
+        idle_s = self.session.idle_s()
+        if idle_s > 0:
+            self.session.wait(idle_s)
+        for delta in self.session.step():
+            arrived = self._arrived.get(delta.request_id)
+            if arrived is not None:
+                arrived.append(delta)
+            if delta.output is not None:
+                self._arrived.pop(delta.request_id, None)
 
     def _abandon(self, ids: Sequence[str]) -> None:
         for request_id in ids:
             self.session.abort_now(request_id)
-        while self.session.has_work:
-            self.session.step()
+        while any(request_id in self._arrived for request_id in ids):
+            self._step()
+        self._rest()
+
+    def _rest(self) -> None:
+        """Collects the step that is still in flight behind the last request, so that it is not charged with idle time."""
+        while self.session.engine.num_in_flight and not self.session.has_work:
+            self._step()
 
     def _job(
         self,

@@ -78,6 +78,31 @@ def test_leaving_a_stream_early_aborts_it(llm):
     assert "3367" in llm.generate(QUESTION, GREEDY, tools=builtin.TOOLS)[0].outputs[0].answer
 
 
+def test_a_call_while_a_stream_is_open_takes_nothing_from_it(llm):
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    alone = [output.outputs[0].token_ids for output in llm.generate(["abc", "def"], params)]
+    stream = llm.generate_stream(["abc", "def"], params)
+    deltas = [next(stream)]
+    assert [output.outputs[0].token_ids for output in llm.generate(["def", "abc"], params)] == alone[::-1]
+    left = llm.generate_stream("xyz", params)
+    next(left)
+    left.close()
+    deltas += stream
+    ids = {"0": [], "1": []}
+    for delta in deltas:
+        ids[delta.request_id] += delta.token_ids
+    assert list(ids.values()) == alone and not llm.session.has_work
+
+
+def test_no_step_is_left_in_flight(llm):
+    assert llm.generate(QUESTION, GREEDY, tools=builtin.TOOLS)[0].outputs[0].finish_reason == "stop"
+    assert llm.session.engine.num_in_flight == 0
+    stream = llm.generate_stream("abc", SamplingParams(max_tokens=100, ignore_eos=True))
+    next(stream)
+    stream.close()
+    assert llm.session.engine.num_in_flight == 0
+
+
 def test_params_for_each_prompt_and_n(llm):
     params = [SamplingParams(n=2, temperature=1.0, seed=3, max_tokens=5, ignore_eos=True), SamplingParams(max_tokens=3)]
     first, second = llm.generate(["a", "b"], params)
