@@ -23,7 +23,7 @@ from jaxcept.config import (
 )
 from jaxcept.constraint import ConstraintMaker, ToolMode
 from jaxcept.engine import Engine
-from jaxcept.hosts import assemble, follow, lead
+from jaxcept.hosts import assemble, follow, heed_sigterm, lead
 from jaxcept.metrics import Ledger
 from jaxcept.runner.memory import choose_num_blocks
 from jaxcept.runner.profile import profile
@@ -85,11 +85,14 @@ def build_runner(config: EngineConfig, progress: Progress) -> DeviceRunner:
     return runner
 
 
-def obey_host(config: EngineConfig, progress: Progress) -> None:
-    """The part of every host but the first, from the loading of the model to the end. Errors as build_session."""
-    use_compilation_cache(config.compilation_cache)
+def obey_host(config: EngineConfig, progress: Progress, grace_s: float = 0.0) -> None:
+    """The part of every host but the first, from the loading of the model to the end, in the main thread.
+
+    `grace_s` is what the first host has to drain after SIGTERM. Errors as build_session.
+    """
     crew = assemble(config)
-    follow(crew, _load(config, progress))
+    heed_sigterm(crew, grace_s)
+    follow(crew, lambda: _load(config, progress))
 
 
 def _load(config: EngineConfig, progress: Progress) -> Model:

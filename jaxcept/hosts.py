@@ -10,8 +10,12 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import signal
+import socket
 import sys
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 
 import jax
@@ -27,6 +31,7 @@ from jaxcept_models.model import Model
 logger = logging.getLogger(__name__)
 
 EXIT_HOST_LOST = 72
+EXIT_SIGTERM = 128 + signal.SIGTERM
 TELL_S = 5.0  # in which the first host's clients hear of it
 SHUTDOWN_S = 60  # a host that still compiles hears of the end when it has
 HEARTBEAT_S = 20  # jax.distributed's own, behind ours
@@ -36,6 +41,9 @@ def start_distributed(hosts: Hosts) -> None:
     """Joins the hosts' devices. Before anything else of JAX. RuntimeError where they do not come together."""
     if jax.distributed.is_initialized():
         return
+    # Only process 0 writes the cache, and XLA shares out its autotuning: who compiles waits for those who need not.
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_enable_preemption_service", False)  # it takes note of SIGTERM, and nothing else does
     jax.distributed.initialize(
         hosts.coordinator,
         hosts.num_hosts,
@@ -81,9 +89,22 @@ def lead(crew: Crew, model: Model, sizes: RunnerConfig) -> LeadRunner:
     return LeadRunner(crew, model, sizes)
 
 
-def follow(crew: Crew, model: Model) -> None:
-    """Another host's life from there on. HostLostError where another one is lost."""
+def heed_sigterm(crew: Crew, grace_s: float) -> None:
+    """SIGTERM on another host than the first ends the process, however busy its main thread is. To be called there.
+
+    Whoever sends it may have sent it to all: so the first host has its `grace_s` to drain, and ends this one sooner.
+    """
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    signal.set_wakeup_fd(told.fileno())
+    threading.Thread(target=_wait_for_sigterm, args=(heard, told, crew, grace_s), daemon=True).start()
+
+
+def follow(crew: Crew, load: Callable[[], Model]) -> None:
+    """Another host's life from the loading of the model on. HostLostError where another one is lost."""
     try:
+        model = load()
         sizes = crew.receive()
         if not isinstance(sizes, Sizes):
             raise HostLostError(f"host 0 sent {type(sizes).__name__}, expected sizes")
@@ -91,9 +112,10 @@ def follow(crew: Crew, model: Model) -> None:
         runner.warm_up(meet=crew.meet)
         logger.info("this host obeys host 0")
         obey(runner, crew)
-    except Exception as error:
-        crew.wait_for_loss(TELL_S)
-        crew.close(f"{type(error).__name__}: {error}")
+    except BaseException as error:
+        if isinstance(error, Exception):
+            crew.wait_for_loss(TELL_S)
+        crew.close(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
         raise
 
 
@@ -123,6 +145,15 @@ def _end_soon(error: HostLostError) -> None:
     end = threading.Timer(TELL_S, os._exit, (EXIT_HOST_LOST,))
     end.daemon = True
     end.start()
+
+
+def _wait_for_sigterm(heard: socket.socket, told: socket.socket, crew: Crew, grace_s: float) -> None:
+    while heard.recv(1) != bytes([signal.SIGTERM]):  # of each signal its number; `told` stays open meanwhile
+        pass
+    logger.info("SIGTERM: this host ends with host 0, or after %g s", grace_s + TELL_S)
+    time.sleep(grace_s + TELL_S)
+    crew.close("SIGTERM")
+    os._exit(EXIT_SIGTERM)
 
 
 def _leave(crew: Crew) -> None:

@@ -13,15 +13,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 from checkpoints import build_checkpoint
 from costs import HAND
 from hosts_child import OPTIONS, tokens
 
+import jaxcept.hosts as hosts_module
 import jaxcept.runner.crew as crew_module
 from jaxcept import LLM
 from jaxcept.config import Hosts, shipped_model
-from jaxcept.hosts import EXIT_HOST_LOST
+from jaxcept.hosts import EXIT_HOST_LOST, EXIT_SIGTERM, follow, start_distributed
 from jaxcept.runner.crew import Connection, Crew, HostLostError, Ready, Run, Sizes, Stop, decode, encode, gather, join
 from jaxcept.scheduler.params import SamplingParams
 from jaxcept.scheduler.plan import (
@@ -34,6 +36,7 @@ from jaxcept.scheduler.plan import (
     StepPlan,
     TableUpdate,
 )
+from jaxcept_models.model import Model
 from jaxcept_models.saving import convert_checkpoint
 from jaxcept_serve.cli import main
 
@@ -190,6 +193,41 @@ def test_a_host_that_fails_says_why() -> None:
     first.close()
 
 
+def test_a_host_that_leaves_is_lost_to_the_first() -> None:
+    first_ends, other_ends = connected(3)
+    seen: list[HostLostError] = []
+    first = Crew(first_ends, seen.append, is_first=True)
+    others = [Crew([end], seen.append, is_first=False) for end in other_ends]
+    others[0].close()  # without a reason, as at the end of a process
+    with pytest.raises(HostLostError, match=r"host 1 \(127.0.0.1\) failed: it left"):
+        first.meet()
+    assert len(seen) == 1
+    first.close()
+    others[1].close()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(KeyboardInterrupt(), "KeyboardInterrupt"), (OSError("the disk"), "OSError: the disk")]
+)
+def test_a_host_that_ends_while_it_loads_says_why(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, told: str
+) -> None:
+    monkeypatch.setattr(hosts_module, "TELL_S", 0.05)
+    (first_end,), (other_end,) = connected()
+    seen: list[HostLostError] = []
+    first = Crew([first_end], seen.append, is_first=True)
+    other = Crew([other_end], never, is_first=False)
+
+    def load() -> Model:
+        raise error
+
+    with pytest.raises(type(error)):
+        follow(other, load)
+    with pytest.raises(HostLostError, match=rf"host 1 .* failed: {told}$"):
+        first.receive()
+    first.close()
+
+
 def test_silence_is_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crew_module, "SILENCE_S", 0.3)
     (first_end,), (other_end,) = connected()
@@ -281,6 +319,55 @@ def test_a_host_that_is_killed_is_lost_at_once() -> None:
             first.wait_for_loss(5)
         assert len(seen) == 1
         first.close()
+
+
+_HEEDING = """
+import ctypes, sys
+import jaxcept.hosts as hosts
+from jaxcept.runner.crew import Crew, Ready, Stop, join
+hosts.TELL_S = 0.1
+crew = Crew([join(("127.0.0.1", int(sys.argv[1])), 1, {"jax": "1"}, 20)], print, is_first=False)
+hosts.heed_sigterm(crew, float(sys.argv[2]))
+crew.send(Ready())
+if sys.argv[3] == "busy":  # as in a collective: no handler in Python runs
+    mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+    lock(mutex), lock(mutex)
+crew.receive()
+"""
+
+
+@pytest.mark.parametrize(("grace_s", "how", "status"), [(0.1, "busy", EXIT_SIGTERM), (60, "idle", 0)])
+def test_sigterm_ends_a_host_that_obeys(grace_s: float, how: str, status: int) -> None:
+    port = free_port()
+    with subprocess.Popen([sys.executable, "-c", _HEEDING, str(port), str(grace_s), how]) as child:
+        seen: list[HostLostError] = []
+        first = Crew(gather(("127.0.0.1", port), 2, SETTINGS, 60), seen.append, is_first=True)
+        assert first.receive() == Ready()
+        child.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        if how == "idle":  # host 0 was told as well, and has drained
+            first.close()
+        try:
+            assert child.wait(10) == status
+        finally:
+            child.kill()
+        assert [str(error) for error in seen] == (["host 1 (127.0.0.1) failed: SIGTERM"] if how == "busy" else [])
+        first.close()
+
+
+def test_several_hosts_have_no_compilation_cache_and_end_by_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("jax_enable_compilation_cache", "jax_enable_preemption_service")
+    before = {name: jax.config.values[name] for name in names}
+    found: list[dict[str, object]] = []
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *_, **__: found.append({name: jax.config.values[name] for name in names})
+    )
+    try:
+        start_distributed(Hosts("host:1", 2, 1))
+    finally:
+        for name in names:
+            jax.config.update(name, before[name])
+    assert found == [dict.fromkeys(names, False)]
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
-    """The run is over. From another host than the first, with a reason, it is an error there."""
+    """The run is over. With a reason, or from another host than the first, it is an error there."""
 
     reason: str = ""
 
@@ -259,8 +259,8 @@ class Crew:
         try:
             while True:
                 message = connection.receive()
-                if isinstance(message, Stop) and message.reason:
-                    raise HostLostError(f"{connection.name} failed: {message.reason}")
+                if isinstance(message, Stop) and (message.reason or self.is_first):
+                    raise HostLostError(f"{connection.name} failed: {message.reason or 'it left'}")
                 self._inbox.put(message)
                 if isinstance(message, Stop):
                     self._is_closed.set()

@@ -108,7 +108,7 @@ def run_serve(args: argparse.Namespace) -> int:
     with console.status("starting") as status:
         config = make_config(given)
         if config.engine.hosts is not None and config.engine.hosts.host_id:
-            obey_host(config.engine, lambda done, total, what: _show(status, console, config, done, total, what))
+            obey_host(config.engine, lambda *told: _show(status, console, config, *told), config.grace_s)
             return 0
         if given.replicas != 1:
             return _run_replicas(config, given.replicas, lambda *told: _show(status, console, config, *told))
