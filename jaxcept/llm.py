@@ -211,7 +211,7 @@ class LLM:
         self._rest()
 
     def _rest(self) -> None:
-        """Collects the step that is still in flight behind the last request, so that it is not charged with idle time."""
+        """Collects the step that is in flight behind the last request, before idle time is charged to it."""
         while self.session.engine.num_in_flight and not self.session.has_work:
             self._step()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jaxcept.tools.calls import MalformedCall, ToolCall, ToolResult
+from jaxcept.tools.calls import MalformedCall, Outcome, ToolCall, ToolResult
 from jaxcept.tools.definition import Tool, tool
 from jaxcept.tools.guard import ToolLimits
 from jaxcept.tools.toolbox import Toolbox
@@ -254,6 +254,55 @@ def test_close_ends_everything_that_waits() -> None:
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("refused", ["tool-timers", "tool-1", "tool-loop"])
+def test_a_thread_that_cannot_be_started_fails_the_call_alone(monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
+    def noop() -> str:
+        return "ok"
+
+    async def noop_async() -> str:
+        return "ok"
+
+    start, is_refusing = threading.Thread.start, True
+
+    def start_if_possible(thread: threading.Thread) -> None:
+        if is_refusing and thread.name == refused:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_if_possible)
+    given: list[ToolResult] = []
+    with Toolbox([noop, noop_async], max_threads=1) as box:
+        name = "noop_async" if refused == "tool-loop" else "noop"
+        box.submit(call(name), given.append)
+        (failed,) = given
+        assert failed.outcome is Outcome.FAILED and "thread" in failed.text and box.executor.num_pending == 0
+        is_refusing = False
+        assert run_in(box, call(name)).text == "ok"
+        assert len(given) == 1
+
+
+def test_calls_wait_for_the_threads_there_are_where_no_more_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+
+    def wait() -> str:
+        assert release.wait(10)
+        return "ok"
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    given: list[ToolResult] = []
+    with Toolbox([wait], max_threads=4) as box:
+        box.submit(call("wait"), given.append)
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        box.submit(call("wait"), given.append)
+        release.set()
+        deadline = time.monotonic() + 5
+        while len(given) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert [result.text for result in given] == ["ok", "ok"]
 
 
 def test_a_receiver_that_raises_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:

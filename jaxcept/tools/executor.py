@@ -51,8 +51,11 @@ class Executor:
         guard = self._guard(made)
         self._pending[id(pending)] = pending
         pending.on_settled(lambda: self._pending.pop(id(pending), None))
-        self._arm(pending, guard, timeout_s)
-        guard.submit(pending, lambda inner: self._start(inner, made, kwargs))
+        try:
+            self._arm(pending, guard, timeout_s)
+            guard.submit(pending, lambda inner: self._start(inner, made, kwargs))
+        except (RuntimeError, OSError) as error:  # the timers' thread cannot be started
+            pending.settle(error_text(error), Outcome.FAILED)
         if self.is_closed:
             pending.cancel()
 
@@ -84,10 +87,13 @@ class Executor:
         self._timers.call(start)
 
     def _start(self, pending: PendingCall, made: Tool, kwargs: Mapping[str, Any]) -> None:
-        if made.is_async:
-            self._loop.call(self._start_async, made, kwargs, pending)
-        else:
-            self._pool.submit(lambda: self._run(made, kwargs, pending))
+        try:
+            if made.is_async:
+                self._loop.call(self._start_async, made, kwargs, pending)
+            else:
+                self._pool.submit(lambda: self._run(made, kwargs, pending))
+        except (RuntimeError, OSError) as error:  # no thread can be started
+            pending.settle(error_text(error), Outcome.FAILED)
 
     def _run(self, made: Tool, kwargs: Mapping[str, Any], pending: PendingCall) -> None:
         """A job of the thread pool: it runs the function and must not raise."""

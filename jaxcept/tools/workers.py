@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Job = Callable[[], None]
@@ -52,15 +55,16 @@ class ThreadPool:
         return self._written_off
 
     def submit(self, job: Job) -> None:
-        """Queue a job. After close it is dropped."""
+        """Queue a job. After close it is dropped. RuntimeError where no thread can be started and there is none."""
         with self._lock:
             if self._is_closed:
                 return
             self._jobs.append(job)
             if self._idle >= len(self._jobs):
                 self._lock.notify()
-            else:
-                self._grow()
+            elif not self._grow():
+                self._jobs.pop()
+                raise RuntimeError("no thread can be started for the tool")
 
     def take(self, worker: Worker) -> Job | None:
         """The next job for a worker, waiting for one; None tells it to end."""
@@ -93,10 +97,15 @@ class ThreadPool:
             self._jobs.clear()
             self._lock.notify_all()
 
-    def _grow(self) -> None:
+    def _grow(self) -> bool:
+        """Start a thread where there may be another. Whether there is any for the jobs to wait for."""
         if self._threads < self._max_threads:
-            self._threads += 1
-            Worker(self, f"{self._name}-{self._threads}").start()
+            try:
+                Worker(self, f"{self._name}-{self._threads + 1}").start()
+                self._threads += 1
+            except RuntimeError as error:
+                logger.warning("no thread for tools beside the %d there are: %s", self._threads, error)
+        return self._threads > 0
 
 
 def _copy_result(task: asyncio.Task[T], future: Future[T]) -> None:
@@ -122,14 +131,12 @@ class LoopThread:
         self._is_closed = False
 
     def call(self, function: Callable[..., object], *args: Any) -> bool:
-        """Run function(*args) on the loop soon. False where the loop is closed."""
+        """Run function(*args) soon. False where the loop is closed, RuntimeError where no thread can be started."""
         with self._lock:
             if self._is_closed:
                 return False
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._run, args=(self._loop,), name=self._name, daemon=True)
-                self._thread.start()
+                self._loop, self._thread = self._start()
             self._loop.call_soon_threadsafe(function, *args)
             return True
 
@@ -168,6 +175,16 @@ class LoopThread:
             self._loop.call_soon_threadsafe(self._loop.stop)
         if threading.current_thread() is not self._thread:
             self._thread.join(_CLOSE_WAIT_S)
+
+    def _start(self) -> tuple[asyncio.AbstractEventLoop, threading.Thread]:
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=self._run, args=(loop,), name=self._name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            loop.close()
+            raise
+        return loop, thread
 
     @staticmethod
     def _run(loop: asyncio.AbstractEventLoop) -> None:
