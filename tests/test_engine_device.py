@@ -1,5 +1,6 @@
 """The whole engine on the device against transformers: tokens, policies, compilations."""
 
+import functools
 import itertools
 from collections import deque
 
@@ -26,11 +27,19 @@ from jaxcept_models.model import load_model
 
 IMPLEMENTATIONS = [Implementation.XLA, *([Implementation.NATIVE] if native_available() else [])]
 NUM_NEW = 128
+VOCABULARY = 96
+
+
+@functools.cache
+def make_runner(model, *sizes):
+    """Compiled once for all engines of these sizes; what one engine left in the pool is nobody's."""
+    runner = DeviceRunner(model, RunnerConfig(*sizes))
+    runner.warm_up()
+    return runner
 
 
 def make_engine(model, *, num_blocks=256, block_size=8, seqs=16, budget=64, length=512, policy=None, depth=1, **config):
-    runner = DeviceRunner(model, RunnerConfig(num_blocks, block_size, seqs, budget, length))
-    runner.warm_up()
+    runner = make_runner(model, num_blocks, block_size, seqs, budget, length)
     scheduler = Scheduler(
         SchedulerConfig(num_blocks, block_size, seqs, budget, length, model.config.vocab_size, **config),
         policy or Preserve(),
@@ -73,6 +82,21 @@ def checkpoint(request, tmp_path_factory):
     return build_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
 
 
+@pytest.fixture(scope="module")
+def prompts():
+    """A mixed batch; some share a prefix, so that the cache has hits."""
+    rng = np.random.default_rng(7)
+    lengths = [3, 9, 17, 40, 90, 150, 5, 33, 64, 8, 100, 21, 2, 70, 55, 12]
+    made = [rng.integers(0, VOCABULARY, size=n).tolist() for n in lengths]
+    made[9:12] = [made[5][:48] + prompt for prompt in made[9:12]]
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint, prompts):
+    return reference_tokens(checkpoint, prompts)
+
+
 def reference_tokens(folder, prompts):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     model.generation_config.eos_token_id = None  # otherwise generate suppresses it, or ends with it
@@ -92,14 +116,9 @@ def greedy(**changes):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_greedy_tokens_equal_transformers_alone_and_in_a_mixed_batch(checkpoint, implementation):
+def test_greedy_tokens_equal_transformers_alone_and_in_a_mixed_batch(checkpoint, prompts, expected, implementation):
     model = load_model(checkpoint, dtype="float32", implementation=implementation)
-    rng = np.random.default_rng(7)
-    lengths = [3, 9, 17, 40, 90, 150, 5, 33, 64, 8, 100, 21, 2, 70, 55, 12]
-    prompts = [rng.integers(0, model.config.vocab_size, size=n).tolist() for n in lengths]
-    prompts[9:12] = [prompts[5][:48] + p for p in prompts[9:12]]  # shared prefixes, so that the cache has hits
-    expected = reference_tokens(checkpoint, prompts)
-
+    assert model.config.vocab_size >= VOCABULARY
     engine = make_engine(model)
     alone = []
     for index in (0, 5):
