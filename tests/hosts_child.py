@@ -1,5 +1,5 @@
-"""One host of two, for test_hosts: HOST_ID PORT FOLDER COSTS. Host 0 prints its tokens, and then generates until it is
-ended."""
+"""One host of two, for test_hosts: HOST_ID PORT FOLDER COSTS CACHE. Host 0 prints its tokens, how many blocks were
+swapped out and how many programs compiled meanwhile, and then generates until it is ended."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
-
-import jax
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
 
 from jaxcept import LLM, InterceptOptions, SamplingParams
 from jaxcept.build import obey_host
 from jaxcept.config import EngineConfig, Hosts
+from jaxcept.runner.compiles import CompileCounter
 from jaxcept.scheduler.params import ScriptedTrigger
 
 OPTIONS = {
@@ -25,7 +25,6 @@ OPTIONS = {
     "num_blocks": 64,
     "intercept_policy": "swap",
     "implementation": "xla",
-    "compilation_cache": "",
 }
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11] * 5, [30, 31, 32, 33]]
 
@@ -38,16 +37,15 @@ def tokens(llm: LLM) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def main(host_id: int, port: int, folder: Path, costs: Path) -> None:
-    jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".cache" / "xla-tests"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+def main(host_id: int, port: int, folder: Path, costs: Path, cache: Path) -> None:
     hosts = Hosts(f"127.0.0.1:{port}", 2, host_id)
-    options = OPTIONS | {"tensor_parallel_size": 2, "cost_model": costs, "hosts": hosts}
+    options = OPTIONS | {"tensor_parallel_size": 2, "cost_model": costs, "hosts": hosts, "compilation_cache": cache}
     if host_id:
         obey_host(EngineConfig(folder, **options), lambda done, total, what: None)
         return
     llm = LLM(folder, progress=False, **options)
-    print(json.dumps([tokens(llm), llm.get_metrics()["swapped_out_blocks"]]), flush=True)
+    compiles = CompileCounter()
+    print(json.dumps([tokens(llm), llm.get_metrics()["swapped_out_blocks"], compiles.count]), flush=True)
     if sys.stdin.readline().strip() == "go on":
         while True:
             llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=200, ignore_eos=True))
@@ -55,4 +53,4 @@ def main(host_id: int, port: int, folder: Path, costs: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]))
+    main(int(sys.argv[1]), int(sys.argv[2]), *map(Path, sys.argv[3:6]))

@@ -78,6 +78,7 @@ def children(folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
                 port,
                 str(folder.with_name("checkpoint")),
                 str(folder / "costs.json"),
+                str(folder.with_name("cache")),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -96,14 +97,16 @@ def test_two_hosts_give_the_tokens_of_one_and_end_when_one_is_killed(
     folder: Path, children: list[subprocess.Popen[str]]
 ) -> None:
     first, second = children
-    llm = LLM(folder, progress=False, cost_model=folder / "costs.json", **OPTIONS)
+    llm = LLM(folder, progress=False, cost_model=folder / "costs.json", compilation_cache="", **OPTIONS)
     expected = tokens(llm)
     assert first.stdin is not None and first.stdout is not None
     line = next((line for line in first.stdout if line.startswith("[[")), None)  # Gloo prints too
     assert line is not None, [child.communicate()[1] for child in children]
-    found, num_swapped = json.loads(line)
+    found, num_swapped, num_compiled = json.loads(line)
     assert found == expected and all(len(ids) == 20 for ids in found)
     assert num_swapped == llm.get_metrics()["swapped_out_blocks"] > 0
+    assert num_compiled == 0  # nor is a swap a program there
+    assert not any(folder.with_name("cache").rglob("*"))
     first.stdin.write("go on\n")
     first.stdin.flush()
     assert first.stdout.readline() == "again\n"

@@ -8,10 +8,13 @@ import jax
 import numpy as np
 import pytest
 from checkpoints import build_checkpoint
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxcept.clock import MonotonicClock
 from jaxcept.engine import Engine
 from jaxcept.metrics import Ledger
+from jaxcept.runner.compiles import CompileCounter
+from jaxcept.runner.host_pool import copy_parts
 from jaxcept.runner.runner import DeviceRunner, RunnerConfig
 from jaxcept.scheduler.config import SchedulerConfig
 from jaxcept.scheduler.events import Finished, Intercepted
@@ -272,6 +275,18 @@ def test_tokens_are_equal_on_a_slow_link_that_loses_and_corrupts_blocks(model, p
 def test_the_host_pool_may_be_too_small(model, preserved) -> None:
     swapped, _ = run_engine(model, Swapping(), 1, num_host_blocks=3)
     assert swapped == preserved
+
+
+def test_a_block_is_copied_device_by_device_where_others_have_parts_of_it() -> None:
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    device = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
+    host = device.with_memory_kind("pinned_host")
+    block = jax.device_put(np.arange(48.0, dtype=np.float32).reshape(2, 3, 4, 2), device)
+    compiles = CompileCounter()
+    out, again = copy_parts([block, block], host)
+    (back,) = copy_parts([out], device)
+    assert out.sharding == again.sharding == host and back.sharding == device and compiles.count == 0
+    assert np.array_equal(back, block) and out.sharding.memory_kind == "pinned_host"
 
 
 def test_the_pool_stays_where_it_is(model: Model) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxcept_kernels.layout import KVLayout
 
@@ -23,8 +23,7 @@ class Link:
 
     def send(self, blocks: Sequence[jax.Array], to: Sharding) -> list[jax.Array]:
         """Starts the copies and returns at once. Raises RuntimeError, here or in `is_over`, where one fails."""
-        sent: list[jax.Array] = jax.device_put(list(blocks), to)
-        return sent
+        return copy(blocks, to)
 
     def is_over(self, block: jax.Array) -> bool:
         """Whether a copy that `send` returned is there. RuntimeError where it failed."""
@@ -32,6 +31,25 @@ class Link:
             return False
         block.block_until_ready()
         return True
+
+
+def copy(blocks: Sequence[jax.Array], to: Sharding) -> list[jax.Array]:
+    """Starts copies to the same devices' other memory. Nothing is compiled, on several hosts either."""
+    if to.is_fully_addressable:
+        copies: list[jax.Array] = jax.device_put(list(blocks), to)
+        return copies
+    return copy_parts(blocks, to)
+
+
+def copy_parts(blocks: Sequence[jax.Array], to: Sharding) -> list[jax.Array]:
+    """The same, device by device: an array that lies on other hosts as well goes through a program otherwise."""
+    shards = [block.addressable_shards for block in blocks]
+    places = [[SingleDeviceSharding(part.device, memory_kind=to.memory_kind) for part in each] for each in shards]
+    parts = jax.device_put([[part.data for part in each] for each in shards], places)
+    return [
+        jax.make_array_from_single_device_arrays(block.shape, to, each)
+        for block, each in zip(blocks, parts, strict=True)
+    ]
 
 
 def is_ready(array: jax.Array) -> bool:
@@ -134,12 +152,12 @@ class HostPool:
 
         ValueError where the memory does not suffice.
         """
-        zeros = jax.device_put(jnp.zeros(self.block_shape, self.layout.dtype), self.device)
+        zeros = jnp.zeros(self.block_shape, self.layout.dtype, device=self.device)
         try:
             blocks: list[jax.Array] = []
             for start in range(0, self.num_blocks, _SENT_AT_ONCE):
                 count = min(_SENT_AT_ONCE, self.num_blocks - start)
-                blocks += jax.block_until_ready(jax.device_put([zeros] * count, self.sharding))
+                blocks += jax.block_until_ready(copy([zeros] * count, self.sharding))
         except (RuntimeError, MemoryError) as error:
             raise ValueError(
                 f"num_host_blocks={self.num_blocks}: {self.num_bytes:,} bytes of pinned host memory are not to be had "
