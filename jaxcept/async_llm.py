@@ -154,16 +154,19 @@ class AsyncLLM:
         """Goes on with an intercepted completion, as Session.resume does. Raises StateError or ValueError where it
         cannot, EngineDeadError when the device has failed."""
         done: asyncio.Future[None] = self._waiters.open()
-        self.session.resume(
-            request_id,
-            text,
-            token_ids,
-            index=index,
-            interception=interception,
-            more=more,
-            on_done=lambda error: _settle(done, error),
-        )
-        await done
+        try:
+            self.session.resume(
+                request_id,
+                text,
+                token_ids,
+                index=index,
+                interception=interception,
+                more=more,
+                on_done=lambda error: _settle(done, error),
+            )
+            await done
+        finally:
+            done.cancel()
 
     def abort(self, request_id: str) -> None:
         """Ends a request in whatever state it is; its stream gets the finish."""

@@ -11,7 +11,7 @@ import queue
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from jaxcept.answers import OpenTurn, call_record, encode_answers, probe_call, start_calls
+from jaxcept.answers import OpenTurn, call_record, probe_call, start_calls
 from jaxcept.clock import Clock
 from jaxcept.constraint import ToolChoice
 from jaxcept.engine import Engine
@@ -246,6 +246,8 @@ class Session:
         """
         if (text is None) == (token_ids is None):
             raise ValueError("resume: expected either text or token_ids, and not both")
+        if not isinstance(text, str | None) or not isinstance(token_ids, Sequence | None):
+            raise ValueError(f"resume: text={text!r}, token_ids={token_ids!r}: expected a string, or a list of ids")
 
         def message() -> None:
             error: Exception | None = None
@@ -253,7 +255,7 @@ class Session:
                 ids = self._encode_text(text) if text is not None else list(token_ids or ())
                 go_on = self.engine.extend if more else self.engine.resume
                 go_on(self._seq_id(request_id, index), ids, interception)
-            except (StateError, ValueError) as caught:
+            except Exception as caught:  # whatever was handed in: the steps of the others go on
                 error = caught
             if on_done is not None:
                 on_done(error)
@@ -289,17 +291,24 @@ class Session:
         record = self._by_seq[event.seq_id]
         turn, seq_id, interception = event.payload, event.seq_id, event.interception
         if isinstance(turn, ToolTurn) and record.toolbox is not None:
-            record.turns[seq_id] = OpenTurn(interception, turn)
-
-            def done(i: int, result: ToolResult) -> None:
-                self.post(lambda: self._on_result(record, seq_id, interception, i, result))
-
-            start_calls(turn, record.toolbox, record.options.timeout_s, done)
+            self._start_turn(record, seq_id, OpenTurn(interception, turn, record.toolbox, self.engine.room(seq_id)))
         elif record.options.handler is not None and event.tool != MORE:
             self._start_handler(record, record.options.handler, event)
         known = turn if isinstance(turn, ToolTurn) else None
         spent = _spent(record, event.num_cached, event.earlier)
         return Delta(event.request_id, event.index, "intercepted", trigger=event.tool, turn=known, spent=spent)
+
+    def _start_turn(self, record: _Record, seq_id: int, opened: OpenTurn) -> None:
+        record.turns[seq_id] = opened
+
+        def done(i: int, result: ToolResult) -> None:
+            """In the tool's thread, where encoding keeps nobody waiting."""
+            self.post(lambda: self._on_result(record, seq_id, opened, result))
+            if opened.take(i, result):
+                answer = opened.encode(self.tokenizer)
+                self.post(lambda: self._on_answers(record, seq_id, opened, answer))
+
+        start_calls(opened.turn, opened.toolbox, record.options.timeout_s, done)
 
     def _start_handler(self, record: _Record, handler: Callable[[str], str], event: Intercepted) -> None:
         text = record.transcripts[event.seq_id].since_return
@@ -312,32 +321,22 @@ class Session:
 
         toolbox.submit(ToolCall("call00000", "handler", {}), done, record.options.timeout_s)
 
-    def _on_result(self, record: _Record, seq_id: int, interception: int, i: int, result: ToolResult) -> None:
-        open_turn = record.turns.get(seq_id)
-        if open_turn is None or open_turn.interception != interception:
-            return  # the interception timed out, or the request was aborted, before the tool answered
-        open_turn.results[i] = result
-        place = (record.request.request_id, record.transcripts[seq_id].index)
-        self._deltas.append(Delta(*place, "answered", call_id=result.call.id, call=call_record(result)))
-        if not open_turn.is_complete:
+    def _on_result(self, record: _Record, seq_id: int, opened: OpenTurn, result: ToolResult) -> None:
+        if record.turns.get(seq_id) is opened:  # else it timed out, or was aborted, before the tool answered
+            place = (record.request.request_id, record.transcripts[seq_id].index)
+            self._deltas.append(Delta(*place, "answered", call_id=result.call.id, call=call_record(result)))
+
+    def _on_answers(self, record: _Record, seq_id: int, opened: OpenTurn, answer: list[int] | Exception) -> None:
+        if record.turns.get(seq_id) is not opened:
             return
-        record.transcripts[seq_id].calls[interception] = open_turn.records()
-        texts = [done.text for done in open_turn.results if done is not None]
-        schemas = record.toolbox.schemas() if record.toolbox is not None else []
-        try:
-            ids = encode_answers(
-                self.tokenizer,
-                open_turn.turn.calls,
-                texts,
-                ended_turn=open_turn.turn.ended_turn,
-                tools=schemas,
-                room=self.engine.room(seq_id, interception),
-            )
-        except ValueError as error:
-            logger.warning("request %r: %s", record.request.request_id, error)
-            self.engine.end(seq_id, FinishReason.LENGTH)
-            return
-        self._answer(record, seq_id, interception, ids, open_turn.has_failed)
+        record.transcripts[seq_id].calls[opened.interception] = opened.records()
+        if isinstance(answer, Exception):
+            is_known = isinstance(answer, ValueError)
+            why = None if is_known else answer
+            logger.warning("request %r: its tools' answer: %s", record.request.request_id, answer, exc_info=why)
+            self.engine.end(seq_id, FinishReason.LENGTH if is_known else FinishReason.ERROR)
+        else:
+            self._answer(record, seq_id, opened.interception, answer, opened.has_failed)
 
     def _answer(self, record: _Record, seq_id: int, interception: int, ids: Sequence[int], is_error: bool) -> None:
         try:

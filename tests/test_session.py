@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import deque
@@ -10,6 +11,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from jaxcept.answers import CUT_NOTE, encode_answers
 from jaxcept.build import watcher_factory
 from jaxcept.clock import MonotonicClock
 from jaxcept.engine import Engine
@@ -22,6 +24,7 @@ from jaxcept.scheduler.scheduler import Scheduler, StateError
 from jaxcept.session import InterceptOptions, Session
 from jaxcept.text.folder import TextFiles
 from jaxcept.text.tokenizer import Tokenizer
+from jaxcept.tools.calls import ToolCall
 from jaxcept.tools.definition import tool
 from jaxcept.tools.toolbox import Toolbox
 
@@ -258,6 +261,105 @@ def test_a_long_answer_is_cut_to_what_fits(tokenizer):
     assert 150 < record.num_returned <= 200
     assert "cut to fit" in next(s.text for s in outputs["r"].outputs[0].segments if s.kind == "returned")
     assert outputs["r"].outputs[0].answer == "Long."
+
+
+def returned_texts(outputs):
+    text = next(s.text for s in outputs["r"].outputs[0].segments if s.kind == "returned")
+    return re.findall(r"<tool_response>\n(.*?)\n</tool_response>", text, re.S)
+
+
+@pytest.mark.parametrize("count", [2, 9])
+def test_long_answers_of_one_turn_share_the_room_and_say_that_they_are_cut(tokenizer, count):
+    @tool
+    def novel(word: str) -> str:
+        """Long, but for one word."""
+        return word if word == "short" else word * 50_000
+
+    words = ["short", *(f"w{i}" for i in range(count))]
+    script = "".join(call_text("novel", word=w) for w in words) + "<|im_end|>Long.<|im_end|>"
+    session = make_session(tokenizer, script, max_model_len=3000)
+    with Toolbox([novel]) as toolbox:
+        chat(session, "x", toolbox, options=InterceptOptions(max_returned_tokens=800), max_tokens=2000)
+        _, outputs = run(session)
+    short, *long = returned_texts(outputs)
+    assert short == "short" and len(long) == count, "a short answer stays whole"
+    assert all(text.endswith(CUT_NOTE) for text in long)
+    assert [text[:2] for text in long] == words[1:] or count > 5
+    assert max(map(len, long)) - min(map(len, long)) <= 1, "the others are cut alike"
+    assert 700 < outputs["r"].interceptions[0].num_returned <= 800
+    assert outputs["r"].outputs[0].answer == "Long."
+
+
+def test_answers_are_cut_by_what_fits_alone(tokenizer):
+    calls = [ToolCall(f"call0000{i}", "f", {}) for i in range(3)]
+
+    def parts(room, *texts):
+        ids = encode_answers(tokenizer, calls[: len(texts)], texts, ended_turn=True, tools=[], room=room)
+        assert len(ids) <= room
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        return re.findall(r"<tool_response>\n(.*?)\n</tool_response>", text, re.S)
+
+    assert parts(400, "a" * 100, "b") == ["a" * 100, "b"]
+    assert parts(300, "a" * 10**6, "", "b" * 10**6)[1] == ""
+    whole, one, other = parts(320, "a" * 60, "b" * 100, "c" * 10**6)
+    assert whole == "a" * 60 and one.endswith(CUT_NOTE) and other.endswith(CUT_NOTE) and len(one) == len(other)
+    assert parts(300, *["☃" * 5000] * 3)[0].endswith(CUT_NOTE)
+    frame = len(encode_answers(tokenizer, calls, [""] * 3, ended_turn=True, tools=[], room=1000))
+    note = len(tokenizer.encode(CUT_NOTE, add_special_tokens=False))
+    assert parts(frame + 3 * note, *["x" * 10**6] * 3) == [CUT_NOTE] * 3, "cut away whole, they say so still"
+    for room in (frame + 3 * note - 1, 0, -5):
+        with pytest.raises(ValueError, match="has room for"):
+            parts(room, *["x" * 10**6] * 3)
+
+
+def test_long_answers_are_encoded_beside_the_steps(tokenizer, monkeypatch):
+    encoders = []
+    encode = Tokenizer.encode_returned
+
+    def spy(self, *args, **options):
+        encoders.append(threading.current_thread())
+        return encode(self, *args, **options)
+
+    session = make_session(tokenizer, f"{call_text('shout', word='x')}<|im_end|>Done.<|im_end|>")
+    with Toolbox([shout]) as toolbox:
+        chat(session, "x", toolbox)
+        monkeypatch.setattr(Tokenizer, "encode_returned", spy)
+        deltas, outputs = run(session)
+    assert outputs["r"].outputs[0].answer == "Done."
+    assert encoders and threading.current_thread() not in encoders
+    assert [d.call.result for d in deltas if d.kind == "answered"] == ["X"]
+
+
+def test_an_answer_that_cannot_be_encoded_ends_its_own_sequence_alone(tokenizer, monkeypatch):
+    script = f"{call_text('shout', word='x')}<|im_end|>Done.<|im_end|>"
+    session = make_session(tokenizer, script, "Fine.<|im_end|>")
+    with Toolbox([shout]) as toolbox:
+        chat(session, "x", toolbox)
+        chat(session, "y", toolbox, "other")
+        monkeypatch.setattr(Tokenizer, "encode_returned", lambda *args, **options: 1 // 0)
+        _, outputs = run(session)
+    assert outputs["r"].outputs[0].finish_reason == "error"
+    assert outputs["other"].outputs[0].answer == "Fine."
+
+
+def test_a_bad_resume_harms_nobody(tokenizer):
+    session = make_session(tokenizer, "2+2?!<|im_end|>")
+    session.add("Q:", SamplingParams(temperature=0, max_tokens=100), request_id="r",
+                options=InterceptOptions(strings=("?",)))  # fmt: skip
+    errors = []
+
+    def answer(delta):
+        if delta.kind == "intercepted":
+            for bad in ({"text": 123}, {"token_ids": 5}):
+                with pytest.raises(ValueError, match="expected a string, or a list of ids"):
+                    session.resume("r", **bad)
+            session.resume("r", token_ids=[[]], on_done=errors.append)
+            session.resume(["r"], "4", on_done=errors.append)
+            session.resume("r", " four")
+
+    _, outputs = run(session, answer)
+    assert outputs["r"].outputs[0].text.endswith("!")
+    assert [type(error) for error in errors] == [ValueError, TypeError]
 
 
 def test_interceptions_are_limited(tokenizer):
