@@ -13,7 +13,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from jaxcept.build import DEFAULT_MAX_MODEL_LEN
-from jaxcept.runner.memory import STAGED_BLOCKS
+from jaxcept.runner.memory import DEVICE_SHARE, STAGED_BLOCKS
 from jaxcept.scheduler.costs import CostModel, StepLoad, chunk_pairs
 from jaxcept.simulator.rooflines import A100_40GB, A100_80GB, DeviceSheet, ModelShape, from_roofline
 from jaxcept_kernels.attention import Implementation
@@ -57,7 +57,7 @@ class Memory:
     """Bytes of one device, and what the KV pool holds over all of them."""
 
     device_bytes: int
-    usable_bytes: int  # the share that the engine may take
+    usable_bytes: int  # what the engine may take of JAX's share
     weight_bytes: int
     workspace_bytes: int
     staging_bytes: int  # blocks on their way to and from the host
@@ -162,7 +162,8 @@ def plan_memory(name: str, footprint: Footprint, sheet: DeviceSheet, sizes: Size
     """What each device holds, the KV pool as large as it can be. ValueError where not one sequence fits."""
     block_bytes = footprint.block_bytes(sizes.block_size)
     workspace = footprint.workspace_bytes(sizes.max_num_batched_tokens, sizes.max_num_seqs)
-    usable, staging = int(sheet.memory_bytes * sizes.memory_utilization), STAGED_BLOCKS * block_bytes
+    usable = int(sheet.memory_bytes * DEVICE_SHARE * sizes.memory_utilization)
+    staging = STAGED_BLOCKS * block_bytes
     room = usable - footprint.weight_bytes - workspace - staging
     blocks = max(0, room // block_bytes)
     if blocks * sizes.block_size < sizes.max_model_len:

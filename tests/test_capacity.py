@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from checkpoints import build_checkpoint
 
 from jaxcept.capacity import Plan, Sizes, default_max_model_len, parse_devices, plan_capacity
+from jaxcept.runner.memory import DEVICE_SHARE
 from jaxcept.runner.runner import DeviceRunner, RunnerConfig
 from jaxcept.simulator.rooflines import A100_80GB, GPTJ_6B, LLAMA_3_70B, LLAMA_31_8B, VICUNA_13B
 from jaxcept_kernels.attention import Implementation
@@ -98,11 +100,20 @@ def test_memory_adds_up_and_more_devices_hold_more() -> None:
     for memory in (one, two):
         taken = memory.weight_bytes + memory.workspace_bytes + memory.staging_bytes + memory.pool_bytes
         assert 0 <= memory.usable_bytes - taken < memory.block_bytes
-        assert memory.usable_bytes == 72e9 and memory.num_tokens == 16 * memory.num_blocks
+        assert memory.usable_bytes == 0.9 * 0.95 * 80e9 and memory.num_tokens == 16 * memory.num_blocks
     assert two.block_bytes * 2 == one.block_bytes
     assert two.num_tokens > 2.5 * one.num_tokens
     spread = plan("llama-3-70b", "16xA100-80GB").memory  # eight KV heads: each on two devices
     assert spread.block_bytes == plan("llama-3-70b", "8xA100-80GB").memory.block_bytes
+
+
+def test_a_command_has_the_share_of_a_gpu_that_plans_count_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    monkeypatch.setenv(name, "0.5")
+    assert main(["plan", "gpt-j-6b", "--devices", "a100-80gb", "--json"]) == 0 and os.environ[name] == "0.5"
+    monkeypatch.delenv(name)
+    assert main(["plan", "gpt-j-6b", "--devices", "a100-80gb", "--json"]) == 0
+    assert float(os.environ[name]) == DEVICE_SHARE
 
 
 def test_groups_shorten_steps_and_hold_no_more() -> None:

@@ -20,6 +20,7 @@ from jaxcept.hosts import EXIT_HOST_LOST
 from jaxcept.llm import LLM
 from jaxcept.outputs import RequestOutput
 from jaxcept.runner.crew import HostLostError
+from jaxcept.runner.memory import claim_device
 from jaxcept.scheduler.durations import ESTIMATORS
 from jaxcept.scheduler.orders import ORDERS
 from jaxcept.scheduler.params import SamplingParams
@@ -38,6 +39,7 @@ COST_FIELDS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status: 0, 2 where the user's input was wrong, 72 where another host was lost."""
+    claim_device()
     args = make_parser().parse_args(argv)
     if args.command is None:
         make_parser().print_help()

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxcept.capacity import KNOWN_MODELS, SHEETS, Plan, Sizes, default_max_model_len, plan_capacity
+from jaxcept.runner.memory import DEVICE_SHARE
 from jaxcept.simulator.rooflines import BANDWIDTH_EFFICIENCY, COMPUTE_EFFICIENCY
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def show(plan: Plan, sizes: Sizes, console: Console) -> None:
     table.add_column("GB", justify="right")
     for what, size in (
         ("memory", memory.device_bytes),
-        (f"usable, {sizes.memory_utilization:.0%}", memory.usable_bytes),
+        (f"usable, {sizes.memory_utilization:.0%} of {DEVICE_SHARE:.0%}", memory.usable_bytes),
         ("weights", memory.weight_bytes),
         ("workspace of the largest programs", memory.workspace_bytes),
         ("staging of swaps", memory.staging_bytes),
