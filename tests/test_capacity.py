@@ -108,12 +108,16 @@ def test_memory_adds_up_and_more_devices_hold_more() -> None:
 
 
 def test_a_command_has_the_share_of_a_gpu_that_plans_count_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-    monkeypatch.setenv(name, "0.5")
-    assert main(["plan", "gpt-j-6b", "--devices", "a100-80gb", "--json"]) == 0 and os.environ[name] == "0.5"
+    old, name = "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"
+    command = ["plan", "gpt-j-6b", "--devices", "a100-80gb", "--json"]
+    monkeypatch.setenv(old, "0.5")
+    monkeypatch.setenv(name, "to be restored")
     monkeypatch.delenv(name)
-    assert main(["plan", "gpt-j-6b", "--devices", "a100-80gb", "--json"]) == 0
-    assert float(os.environ[name]) == DEVICE_SHARE
+    assert main(command) == 0 and os.environ[old] == "0.5" and name not in os.environ
+    monkeypatch.delenv(old)
+    assert main(command) == 0 and float(os.environ[name]) == DEVICE_SHARE
+    monkeypatch.setenv(name, "0.7")
+    assert main(command) == 0 and os.environ[name] == "0.7"
 
 
 def test_groups_shorten_steps_and_hold_no_more() -> None:

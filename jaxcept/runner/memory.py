@@ -21,7 +21,8 @@ STAGED_BLOCKS = 4 * max(ARITIES)  # the largest call each way, as one array and 
 def claim_device() -> None:
     """Lets this process have DEVICE_SHARE of each GPU, unless the user's environment says otherwise. Before JAX's
     backend starts."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(DEVICE_SHARE))
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name; JAX refuses both together
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(DEVICE_SHARE))
 
 
 def choose_num_blocks(
