@@ -175,7 +175,7 @@ def descendants(pid: int) -> Iterator[int]:
 def kill_engine(server: int, name: str) -> int:
     """Kills the process of an engine of this server with SIGKILL; its pid."""
     for pid in descendants(server):
-        if f"ServeReplica:{name}:" in Path(f"/proc/{pid}/cmdline").read_text():
+        if f"-{name}:" in Path(f"/proc/{pid}/cmdline").read_text():
             os.kill(pid, signal.SIGKILL)
             return pid
     raise RuntimeError(f"no process of {name}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
+import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -16,6 +18,7 @@ from ray.serve.exceptions import RayServeException
 from starlette.applications import Starlette
 
 from jaxcept.build import Progress, load_tokenizer
+from jaxcept.runner.memory import claim_device
 from jaxcept_serve.app import create_app
 from jaxcept_serve.observation import Observation
 from jaxcept_serve.replicas import Described, EngineLostError, ReplicaService, Turn
@@ -27,6 +30,7 @@ logger = logging.getLogger(__name__)
 POLL_S = 1.0
 ANSWER_S = 5.0
 FIRST_ANSWER_S = 60.0
+ABANDONED_S = 10.0  # a server asks its engines every POLL_S; nobody has these any more
 MAX_ONGOING = 100_000  # the server's gate and the engine's queue are the limits
 _ACCEPTED = "accepted"
 
@@ -35,8 +39,10 @@ class EngineReplica:
     """One engine in a process of its own. Ray makes it, asks for its health, and ends it."""
 
     def __init__(self, config: ServeConfig) -> None:
+        claim_device()
         self._birth = uuid.uuid4().hex
         self._running = Running(config)
+        self._asked_at = time.monotonic()
 
     async def run(self, turn: Turn, caller: Caller) -> AsyncGenerator[Any, None]:
         """_ACCEPTED, then events; or, at any time, a ServiceError's arguments."""
@@ -63,12 +69,13 @@ class EngineReplica:
 
     async def describe(self) -> Described:
         """How it is."""
+        self._asked_at = time.monotonic()
         service = self._running.service
         return Described(self._birth, service.max_model_len, service.toolbox.schemas(), service.metrics())
 
-    async def pid(self) -> int:
-        """Its process."""
-        return os.getpid()
+    async def silence_s(self) -> float:
+        """Seconds since a server asked how it is."""
+        return time.monotonic() - self._asked_at
 
     async def check_health(self) -> None:
         """RuntimeError where the engine is dead, whereupon Ray replaces this replica."""
@@ -85,7 +92,7 @@ class RayEngine:
 
     @property
     def name(self) -> str:
-        """The application's name."""
+        """What logs call it."""
         return self._name
 
     async def start(self, turn: Turn, caller: Caller) -> AsyncGenerator[TurnEvent, None]:
@@ -120,31 +127,74 @@ class RayEngine:
                 response.cancel()
 
 
-def start_engines(config: ServeConfig, count: int) -> list[RayEngine]:
-    """Starts so many engines on the machine, or on the cluster that RAY_ADDRESS names; returns once all are ready.
+class Cluster:
+    """One server's engines on Ray, which may be other people's as well: `close` ends what is ours."""
 
-    Each gets as many GPUs as its mesh has devices, where there are GPUs.
-    """
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=True)
-    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-    resources: dict[str, Any] = {"num_gpus": config.engine.num_devices} if has_gpus else {"num_cpus": 0.01}
-    deployment = serve.deployment(
-        EngineReplica,
-        num_replicas=1,
-        max_ongoing_requests=MAX_ONGOING,
-        ray_actor_options=resources,
-        health_check_period_s=2,
-        health_check_timeout_s=30,
-    )
-    serve.start(http_options={"location": "NoServer"})
-    names = [f"engine-{i}" for i in range(count)]
-    targets = [
-        serve.RunTarget(target=deployment.options(name=name).bind(config), name=name, route_prefix=None)
-        for name in names
-    ]
-    handles = serve.run_many(targets)
-    return [RayEngine(name, handle) for name, handle in zip(names, handles, strict=True)]
+    def __init__(self, config: ServeConfig, count: int) -> None:
+        """Names the engines, and starts Ray on this machine, or joins the cluster that RAY_ADDRESS names."""
+        model = (*config.model_names, config.engine.model_name)[0]
+        server = re.sub(r"[^A-Za-z0-9._-]", "-", f"jaxcept-{model}-{config.port}")
+        self._config = config
+        self._names = [f"engine-{i}" for i in range(count)]
+        self._applications = [f"{server}-{name}" for name in self._names]
+        self._has_started = not (ray.is_initialized() or os.environ.get("RAY_ADDRESS"))
+        self._has_engines = False
+        if not ray.is_initialized():
+            ray.init("local" if self._has_started else None, include_dashboard=False, log_to_driver=True)
+
+    def start(self) -> list[RayEngine]:
+        """Starts the engines; returns once all are ready. ValueError where another server has engines of these names.
+
+        Each gets as many GPUs as its mesh has devices, where there are GPUs.
+        """
+        serve.start(http_options={"location": "NoServer"})
+        self._require_free()
+        has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+        resources: dict[str, Any] = {"num_gpus": self._config.engine.num_devices} if has_gpus else {"num_cpus": 0.01}
+        deployment = serve.deployment(
+            EngineReplica,
+            num_replicas=1,
+            max_ongoing_requests=MAX_ONGOING,
+            ray_actor_options=resources,
+            health_check_period_s=2,
+            health_check_timeout_s=30,
+        )
+        targets = [
+            serve.RunTarget(
+                target=deployment.options(name=name).bind(self._config), name=application, route_prefix=None
+            )
+            for name, application in zip(self._names, self._applications, strict=True)
+        ]
+        self._has_engines = True
+        handles = serve.run_many(targets)
+        return [RayEngine(name, handle) for name, handle in zip(self._names, handles, strict=True)]
+
+    def close(self) -> None:
+        """Ends the engines, and Ray where it was started for them."""
+        if self._has_started:
+            serve.shutdown()
+        elif self._has_engines:
+            for application in self._applications:
+                serve.delete(application)
+        ray.shutdown()
+
+    def _require_free(self) -> None:
+        """Engines that a server left behind when it was killed are taken over."""
+        known = serve.status().applications
+        for application in self._applications:
+            if application in known and not _is_abandoned(application):
+                raise ValueError(
+                    f"{application} is on this Ray cluster already: another server has the same model name and --port; "
+                    f"expected another --port. Where none has, end it with ray.serve.delete({application!r})"
+                )
+
+
+def _is_abandoned(application: str) -> bool:
+    try:
+        silence_s: float = serve.get_app_handle(application).silence_s.remote().result(timeout_s=ANSWER_S)
+    except (RayActorError, RayTaskError, RayServeException, TimeoutError):
+        return False
+    return silence_s > ABANDONED_S
 
 
 class Front:
@@ -175,11 +225,9 @@ class Front:
         assert gate.num_in_flight or not any(self.service.router.loads.values()), self.service.router.loads
 
     def close(self) -> None:
-        """Ends the engines."""
+        """Asks the engines for nothing more."""
         self._is_closed.set()
         self.service.close()
-        serve.shutdown()
-        ray.shutdown()
 
     def _poll(self) -> None:
         while not self._is_closed.wait(POLL_S):
@@ -193,6 +241,10 @@ class Front:
 def serve_replicas(config: ServeConfig, count: int, progress: Progress = silent) -> int:
     """`jaxcept serve --replicas`: serves until a signal; the exit status."""
     progress(0, count, "starting engines")
-    engines = start_engines(config, count)
-    progress(count, count, "starting engines")
-    return run(config, running=Front(config, engines))
+    cluster = Cluster(config, count)
+    try:
+        engines = cluster.start()
+        progress(count, count, "starting engines")
+        return run(config, running=Front(config, engines))
+    finally:
+        cluster.close()
