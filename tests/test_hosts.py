@@ -252,8 +252,8 @@ def test_signs_of_life_are_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     time.sleep(1.0)
     first.send(Ready())
     assert other.receive() == Ready()
-    other.close()
     first.close()
+    other.close()
 
 
 def test_hosts_that_differ_are_told_so() -> None:
