@@ -158,7 +158,9 @@ class DeviceRunner:
         `meet` waits until the other hosts have compiled too: what runs on all devices waits for them only so long.
         """
         jobs = list(self.lowerings())
-        with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        # A CPU's code is made on all cores anyway, and written to the cache beside another compilation it crashed once.
+        num_threads = 1 if jax.default_backend() == "cpu" else os.cpu_count() or 1
+        with ThreadPoolExecutor(num_threads) as threads:
             # Lowered here, one after the other, as tracing holds the interpreter's lock; compiling does not.
             compiling = [(what, keep, threads.submit(lower().compile)) for what, keep, lower in jobs]
             for done, (what, keep, future) in enumerate(compiling, start=1):
