@@ -7,7 +7,8 @@
 today) and under `min-waste`, in turns. The KV pool is so small that the contexts need --oversubscribed times its
 blocks. Tokens are the same; what differs is how many are computed again, and how long the first token after a pause
 takes. The shipped model calls a calculator in each turn and costs next to nothing to compute; `--model llama` has 4
-layers of width 512, drawn at random, and reads messages as long as what a search or a file returns.
+layers of width 512, drawn at random; each of its turns is a call of a search, as its grammar makes it be, and what the
+search answers is long.
 """
 
 from __future__ import annotations
@@ -42,6 +43,27 @@ FIGURES = {
     "returned": 'jaxcept:computed_tokens_total.*kind="returned"',
     "recomputed": 'jaxcept:computed_tokens_total.*kind="recomputed"',
     "swapped": "jaxcept:swap_bytes_total",
+}
+
+
+SEARCH = {  # each turn is one call: the next message answers it
+    "tools": [
+        {
+            "type": "function",
+            "function": {
+                "name": "search",
+                "description": "Searches.",
+                "parameters": {
+                    "type": "object",
+                    "properties": {"query": {"type": "string", "maxLength": 12}},
+                    "required": ["query"],
+                    "additionalProperties": False,
+                },
+            },
+        }
+    ],
+    "tool_choice": {"type": "function", "function": {"name": "search"}},
+    "parallel_tool_calls": False,
 }
 
 
@@ -105,7 +127,7 @@ def replay(urls: dict[str, str], args: argparse.Namespace, rounds: int, out: Pat
     command = [sys.executable, "-m", "jaxcept_serve.cli", "bench", "serve", "--random-pauses"]
     if args.model == "llama":
         command += ["--dataset", "words", "--words-first", str(args.words_first), "--words-later"]
-        command += [str(args.words_later), "--max-tokens", "24", "--ignore-eos"]
+        command += [str(args.words_later), "--max-tokens", "64", "--extra-body", json.dumps(SEARCH)]
     else:
         command += ["--dataset", "calculator"]
     command += [word for name, url in urls.items() for word in ("--url", f"{name}={url}")]
