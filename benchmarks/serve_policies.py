@@ -36,7 +36,6 @@ from rich.table import Table
 
 from jaxcept.config import shipped_model
 
-POLICIES = ("prefix-lru", "min-waste")
 BLOCK = 16
 FIGURES = {
     "prefill": 'jaxcept:computed_tokens_total.*kind="prefill"',
@@ -139,6 +138,7 @@ def replay(urls: dict[str, str], args: argparse.Namespace, rounds: int, out: Pat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policies", nargs="+", default=["prefix-lru", "min-waste"])
     parser.add_argument("--model", choices=["shipped", "llama"], default="shipped")
     parser.add_argument("--words-first", type=int, default=400, help="of llama's prompts (default: %(default)s)")
     parser.add_argument("--words-later", type=int, default=120, help="of its later messages (default: %(default)s)")
@@ -160,7 +160,7 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         model = [str(write_llama(folder / "llama")), "--load-format", "dummy"] if args.model == "llama" else []
         urls: dict[str, str] = {}
-        for policy in POLICIES:
+        for policy in args.policies:
             process, urls[policy] = serve(policy, num_blocks, model, args)
             stack.callback(process.wait)
             stack.callback(process.terminate)
@@ -169,7 +169,7 @@ def main() -> None:
         after = {policy: figures(url) for policy, url in urls.items()}
     computed = {
         policy: {name: (after[policy][name] - before[policy][name]) / args.rounds for name in FIGURES}
-        for policy in POLICIES
+        for policy in args.policies
     }
     table = Table("policy", "prefilled, tokens a round", "of them again", "swapped, MB a round")
     for policy, each in computed.items():
