@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format bench check-gpu-offline check-clients soak setup clean
+.PHONY: demo test lint format bench check-gpu-offline check-clients check-openapi soak setup clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -33,6 +33,13 @@ check-clients: $(STAMP)
 	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check $(CLIENT_PACKAGES)
 	$(BIN)/python examples/clients/run.py --python $(CURDIR)/$(CLIENTS)/bin/python
+
+FUZZ := .cache/fuzz
+
+check-openapi: $(STAMP)
+	test -x $(FUZZ)/bin/python || $(PYTHON) -m venv $(FUZZ)
+	$(FUZZ)/bin/python -m pip install --quiet --disable-pip-version-check "schemathesis>=4"
+	$(BIN)/python benchmarks/check_openapi.py --schemathesis $(FUZZ)/bin/schemathesis
 
 soak: $(STAMP)
 	$(BIN)/python benchmarks/soak.py

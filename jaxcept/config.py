@@ -163,6 +163,9 @@ def cache_folder() -> Path:
     return Path.home() / ".cache" / "jaxcept"
 
 
+CACHE_BYTES = 8 << 30  # of compiled programs: the oldest are forgotten
+
+
 def use_compilation_cache(folder: str | Path | None) -> None:
     """Points XLA's persistent cache at `folder`, by default one under the user's cache."""
     if folder == "":
@@ -170,5 +173,7 @@ def use_compilation_cache(folder: str | Path | None) -> None:
     path = Path(folder) if folder is not None else cache_folder() / "xla"
     path.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(path))
+    # With a bound JAX takes a lock for each file; without, one engine may read what another has half written.
+    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
