@@ -14,6 +14,7 @@ from jaxcept.scheduler.orders import ORDERS
 from jaxcept.scheduler.policies.catalog import POLICIES
 
 GIB = 1 << 30
+CACHE_BYTES = 8 * GIB  # of compiled programs: the oldest are forgotten
 IMPLEMENTATIONS = ("auto", "xla", "native", "pallas")
 
 
@@ -161,9 +162,6 @@ def default_host_pool_bytes(pool_bytes: int) -> int:
 def cache_folder() -> Path:
     """Where jaxcept keeps what it can find out again."""
     return Path.home() / ".cache" / "jaxcept"
-
-
-CACHE_BYTES = 8 << 30  # of compiled programs: the oldest are forgotten
 
 
 def use_compilation_cache(folder: str | Path | None) -> None:
