@@ -30,12 +30,21 @@ NUM_NEW = 128
 VOCABULARY = 96
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)
 def make_runner(model, *sizes):
-    """Compiled once for all engines of these sizes; what one engine left in the pool is nobody's."""
+    """Compiled once for all engines of these sizes; what one engine left in the pool is nobody's.
+
+    Few are kept: the programs of one are 4,000 memory mappings of a process that may have 65,530.
+    """
     runner = DeviceRunner(model, RunnerConfig(*sizes))
     runner.warm_up()
     return runner
+
+
+@pytest.fixture(scope="module", autouse=True)
+def runners():
+    yield
+    make_runner.cache_clear()
 
 
 def make_engine(model, *, num_blocks=256, block_size=8, seqs=16, budget=64, length=512, policy=None, depth=1, **config):

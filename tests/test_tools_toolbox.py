@@ -242,7 +242,7 @@ def test_close_ends_everything_that_waits() -> None:
         await asyncio.sleep(10)
 
     given: list[ToolResult] = []
-    before = threading.active_count()
+    before = set(threading.enumerate())  # other tests' threads may end meanwhile
     box = Toolbox([hang, hang_async], max_threads=1)
     for name in ("hang", "hang", "hang_async"):
         box.submit(call(name), given.append)
@@ -251,9 +251,9 @@ def test_close_ends_everything_that_waits() -> None:
     release.set()
     assert [r.is_error for r in given] == [True] * 3
     deadline = time.monotonic() + 5
-    while threading.active_count() > before and time.monotonic() < deadline:
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == before
+    assert not set(threading.enumerate()) - before
 
 
 @pytest.mark.parametrize("refused", ["tool-timers", "tool-1", "tool-loop"])
