@@ -104,6 +104,7 @@ def _load(config: EngineConfig, progress: Progress) -> Model:
         load_format=config.load_format,  # type: ignore[arg-type]
         implementation=choose_implementation(config),
         seed=config.seed,
+        kv_cache_dtype=config.kv_cache_dtype,  # type: ignore[arg-type]
         progress=lambda done, total: progress(done >> 20, total >> 20, "loading weights, MiB"),
     )
 
@@ -171,7 +172,8 @@ def fingerprint(runner: DeviceRunner) -> str:
     device = jax.devices()[0]
     model = runner.model
     mesh = None if model.placement is None else dict(model.placement.mesh.shape)
-    parts = (device.device_kind, jax.__version__, model.config, model.dtype, model.implementation, runner.config, mesh)
+    dtypes = (model.dtype, model.kv_cache_dtype)
+    parts = (device.device_kind, jax.__version__, model.config, dtypes, model.implementation, runner.config, mesh)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 

@@ -100,7 +100,13 @@ class Plan:
 
 
 def plan_capacity(
-    model: str, devices: str, data: int, sizes: Sizes, dtype: str = "bfloat16", implementation: str = "pallas"
+    model: str,
+    devices: str,
+    data: int,
+    sizes: Sizes,
+    dtype: str = "bfloat16",
+    implementation: str = "pallas",
+    kv_cache_dtype: str = "auto",
 ) -> Plan:
     """The plan for a folder with config.json, or one of KNOWN_MODELS, on devices such as 4xA100-80GB.
 
@@ -112,7 +118,8 @@ def plan_capacity(
         raise ValueError(f"data={data}: expected a divisor of the {count} devices")
     config = find_shape(model)
     parallel = share(config, count // data, data)
-    footprint = Footprint(config, parallel, jnp.dtype(dtype), Implementation(implementation))
+    kv_dtype = None if kv_cache_dtype == "auto" else jnp.dtype(kv_cache_dtype)
+    footprint = Footprint(config, parallel, jnp.dtype(dtype), Implementation(implementation), kv_dtype)
     return make_plan(Path(model).name, footprint, sheet, sizes)
 
 
@@ -146,7 +153,7 @@ def make_plan(name: str, footprint: Footprint, sheet: DeviceSheet, sizes: Sizes)
     params = num_params(config)
     shape = ModelShape(
         name, params, config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim,
-        footprint.dtype.itemsize,
+        footprint.dtype.itemsize, footprint.kv_element_bytes(sizes.block_size),
     )  # fmt: skip
     costs = from_roofline(name, shape, sheet, parallel.tensor)
     steps = [decode(costs, batch, sizes.context, parallel.data, memory) for batch in BATCHES]
@@ -165,7 +172,7 @@ def plan_memory(name: str, footprint: Footprint, sheet: DeviceSheet, sizes: Size
     usable = int(sheet.memory_bytes * DEVICE_SHARE * sizes.memory_utilization)
     staging = STAGED_BLOCKS * block_bytes
     room = usable - footprint.weight_bytes - workspace - staging
-    blocks = max(0, room // block_bytes)
+    blocks = footprint.addressable_blocks(max(0, room // block_bytes), sizes.block_size)
     if blocks * sizes.block_size < sizes.max_model_len:
         raise ValueError(
             f"{name} does not fit {footprint.parallel.tensor} x {sheet.name}: weights take "

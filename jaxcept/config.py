@@ -16,6 +16,7 @@ from jaxcept.scheduler.policies.catalog import POLICIES
 GIB = 1 << 30
 CACHE_BYTES = 8 * GIB  # of compiled programs: the oldest are forgotten
 IMPLEMENTATIONS = ("auto", "xla", "native", "pallas")
+KV_CACHE_DTYPES = ("auto", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,9 @@ class Hosts:
 class EngineConfig:
     """Options of one engine. None means: chosen from the model and the device.
 
-    model: a Hugging Face folder; None is the small model that jaxcept ships. max_model_len: tokens of the longest
+    model: a Hugging Face folder; None is the small model that jaxcept ships. kv_cache_dtype: "auto" is the dtype that
+    the model computes in; "int8" holds and moves keys and values in eight bits, a scale for each token and head:
+    half of bfloat16's bytes, a quarter of float32's. max_model_len: tokens of the longest
     sequence, prompt, completion and returned tokens together. num_blocks: size of the KV pool; None takes
     memory_utilization of a GPU's memory, or a share of a CPU's. implementation: "auto", "xla", "native" (the CPU's own
     kernels) or "pallas" (a GPU's; a CPU interprets them, for tests). tool_call_parser: "auto" reads it off the chat
@@ -67,6 +70,7 @@ class EngineConfig:
     model: str | Path | None = None
     tokenizer: str | Path | None = None
     dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
     load_format: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int | None = None
@@ -95,6 +99,7 @@ class EngineConfig:
             ("queue_order", ORDERS),
             ("duration_estimator", ESTIMATORS),
             ("implementation", IMPLEMENTATIONS),
+            ("kv_cache_dtype", KV_CACHE_DTYPES),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}")

@@ -126,6 +126,7 @@ def settings_of(config: EngineConfig) -> dict[str, str]:
         "jax": jax.__version__,
         "model": repr(read_config(config.folder)),
         "dtype": config.dtype,
+        "kv_cache_dtype": config.kv_cache_dtype,
         "implementation": config.implementation,
         "load_format": config.load_format,
         "seed": str(config.seed),

@@ -14,10 +14,9 @@ from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Engines of equal sizes in different tests compile once.
-# Each process has a cache of its own: JAX writes its files in place, and another process may read half of one.
-CACHE = Path(__file__).parent.parent / ".cache" / "xla-tests" / os.environ.get("PYTEST_XDIST_WORKER", "alone")
-jax.config.update("jax_compilation_cache_dir", str(CACHE))
+# Engines of equal sizes in different tests compile once, in whichever process. With a bound JAX locks the files.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".cache" / "xla-tests"))
+jax.config.update("jax_compilation_cache_max_size", 8 << 30)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 settings.register_profile("jaxcept", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

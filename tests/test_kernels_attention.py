@@ -1,5 +1,6 @@
 """One suite for every implementation of write_kv and paged_attention, held to NumPy in float64."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
@@ -251,10 +252,13 @@ def test_half_precision_pool(implementation: Implementation) -> None:
     np.testing.assert_allclose(out.astype(np.float64), want, rtol=0.03, atol=0.03)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:2])  # for PALLAS check_gpu_offline.py holds this
-def test_a_donated_pool_stays_in_place(implementation: Implementation) -> None:
-    layout = make_layout(num_layers=4, num_blocks=512)
+def test_a_donated_pool_stays_in_place(implementation: Implementation, dtype: str) -> None:
+    layout = make_layout(num_layers=4, num_blocks=512 if dtype == "float32" else 2048)
     batch = make_batch(np.random.default_rng(10), layout, 4, MIXED, poison=False)
+    layout = dataclasses.replace(layout, dtype=jnp.dtype(dtype))
+    batch = batch._replace(pool=make_pool(layout))
 
     def step(kv: KVPool, batch: Batch) -> tuple[KVPool, jax.Array]:
         out = batch.q

@@ -12,7 +12,7 @@ from checkpoints import build_checkpoint
 from costs import HAND
 
 from jaxcept.build import build_engine, build_runner, choose_implementation
-from jaxcept.config import IMPLEMENTATIONS, EngineConfig
+from jaxcept.config import IMPLEMENTATIONS, KV_CACHE_DTYPES, EngineConfig
 from jaxcept.runner import swapper
 from jaxcept.runner.runner import DeviceRunner
 from jaxcept.runner.swapper import Job
@@ -51,11 +51,14 @@ def greedy_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(swapper, "ARITIES", (4,))
 
 
-def run_engine(folder: Path, implementation: str) -> tuple[dict[tuple[str, int], tuple[int, ...]], int]:
+def run_engine(
+    folder: Path, implementation: str, kv_cache_dtype: str
+) -> tuple[dict[tuple[str, int], tuple[int, ...]], int]:
     """All ids of each completion with an interception whose context is swapped; and how many blocks came back."""
     config = EngineConfig(
         folder,
         dtype="float32",
+        kv_cache_dtype=kv_cache_dtype,
         implementation=implementation,
         intercept_policy="swap",
         max_model_len=64,
@@ -91,9 +94,12 @@ def run_engine(folder: Path, implementation: str) -> tuple[dict[tuple[str, int],
 
 
 @pytest.mark.usefixtures("greedy_alone")
-def test_tokens_with_an_interception_a_swap_and_a_copy_equal_those_of_xla(checkpoint: Path) -> None:
-    tokens, swapped = run_engine(checkpoint, "pallas")
-    assert (tokens, swapped) == run_engine(checkpoint, "xla")
+@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
+def test_tokens_with_an_interception_a_swap_and_a_copy_equal_those_of_xla(
+    checkpoint: Path, kv_cache_dtype: str
+) -> None:
+    tokens, swapped = run_engine(checkpoint, "pallas", kv_cache_dtype)
+    assert (tokens, swapped) == run_engine(checkpoint, "xla", kv_cache_dtype)
     assert swapped > 0
     assert all(ids[-10:-7] == RETURNED for ids in tokens.values())
 
@@ -113,3 +119,5 @@ def test_a_gpu_takes_pallas_by_itself_and_a_cpu_does_not(monkeypatch: pytest.Mon
 def test_an_unknown_implementation_is_refused() -> None:
     with pytest.raises(ValueError, match=r"implementation='cuda'.*pallas"):
         EngineConfig(implementation="cuda")
+    with pytest.raises(ValueError, match=r"kv_cache_dtype='fp8'.*auto, int8"):
+        EngineConfig(kv_cache_dtype="fp8")

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from kernel_batches import Batch, attention_in_float64, make_batch, written_pool
 
-from jaxcept_kernels.layout import KVLayout, KVPool
+from jaxcept_kernels.layout import KVLayout, KVPool, make_pool
 from jaxcept_kernels.pallas.blocks import copy_blocks_pallas, gather_each_pallas, scatter_each_pallas
 from jaxcept_kernels.pallas.common import device_kind
 from jaxcept_kernels.pallas.ragged_attention import ragged_paged_attention
@@ -68,11 +68,13 @@ def test_tiles_are_those_of_the_device_that_is_traced_for() -> None:
         assert device_kind() == "NVIDIA A100-SXM4-80GB"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 def test_every_kernel_lowers_for_cuda(dtype: str, head_dim: int) -> None:
     layout = make_layout(dtype, head_dim=head_dim)
-    batch = make_batch(np.random.default_rng(4), layout, 6, [(3, 1), (0, 4)], columns=64)._replace(tables=[])
+    drawn = make_layout("bfloat16" if layout.is_quantized else dtype, head_dim=head_dim)
+    batch = make_batch(np.random.default_rng(4), drawn, 6, [(3, 1), (0, 4)], columns=64)._replace(tables=[])
+    batch = batch._replace(pool=make_pool(layout))
     ids = jnp.asarray([1, 2], jnp.int32)
 
     def step(batch: Batch) -> object:

@@ -30,6 +30,7 @@ from jaxcept_kernels.pallas.write_kv import write_kv_pallas
 TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 2e-3}
 LONGEST = 4096
 POOL_TOKENS = LONGEST + 3072
+WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}  # by bytes
 WHOLE = AttentionTiles(Tile(16, 64, 4, 2), Tile(32, 64, 8, 2), programs=1)
 SPLIT = AttentionTiles(Tile(16, 64, 4, 2), Tile(16, 128, 8, 2), programs=1000, max_splits=4)
 
@@ -101,7 +102,7 @@ def compiled(case: Case) -> Callable[[Batch], tuple[jax.Array, KVPool]]:
 
 def bits(array: jax.Array | np.ndarray) -> np.ndarray:
     part = np.asarray(array)
-    return part.view(np.uint32 if part.itemsize == 4 else np.uint16)
+    return part.view(WORDS[part.itemsize])
 
 
 def check(case: Case, spans: list[tuple[int, int]], shared: int = 0, broken: Iterable[int] = (), seed: int = 0) -> None:
@@ -154,6 +155,7 @@ LAYOUTS = [
     KVLayout(3, 12, 16, 2, 80, jnp.dtype(jnp.float32)),
     KVLayout(1, 12, 64, 1, 96, jnp.dtype(jnp.bfloat16)),
     KVLayout(2, 12, 32, 3, 20, jnp.dtype(jnp.float16)),
+    KVLayout(2, 12, 16, 2, 64, jnp.dtype(jnp.int8)),
 ]
 
 
@@ -177,7 +179,7 @@ def test_blocks_keep_every_bit(layout: KVLayout, data: st.DataObject) -> None:
     """Any bits at all, those of NaNs included; ids out of range are padding."""
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     shape = (layout.num_layers, layout.num_blocks, *layout.shape[1:])
-    word = np.uint32 if layout.dtype.itemsize == 4 else np.uint16
+    word = WORDS[layout.dtype.itemsize]
 
     def draw(*shape: int) -> np.ndarray:
         words = rng.integers(0, np.iinfo(word).max, shape, word, endpoint=True)

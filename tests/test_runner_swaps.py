@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -125,11 +127,14 @@ def uninterrupted(runner: DeviceRunner, count: int) -> list[int]:
     return driver.tokens[0][len(PROMPT) :]
 
 
-@pytest.mark.parametrize("waits", [False, True])
-@pytest.mark.parametrize("is_busy", [True, False])
-@pytest.mark.parametrize("depth", [0, 1])
-def test_a_context_goes_out_is_overwritten_and_comes_back(model, depth: int, is_busy: bool, waits: bool) -> None:
-    runner = make_runner(model)
+@pytest.mark.parametrize(
+    ("depth", "is_busy", "waits", "dtype"),
+    [*((*each, None) for each in itertools.product((0, 1), (True, False), (False, True))), (1, True, False, "int8")],
+)
+def test_a_context_goes_out_is_overwritten_and_comes_back(
+    model: Model, depth: int, is_busy: bool, waits: bool, dtype: str | None
+) -> None:
+    runner = make_runner(replace(model, kv_cache_dtype=None if dtype is None else np.dtype(dtype)))
     expected = uninterrupted(runner, 20)
     compiled = runner.compiles.count
     driver = Driver(runner, depth)

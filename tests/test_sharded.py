@@ -30,7 +30,7 @@ from jaxcept_kernels.attention import Implementation
 from jaxcept_kernels.layout import KVLayout
 from jaxcept_models.config import ModelConfig
 from jaxcept_models.loading import Draw, Leaf, random_arrays
-from jaxcept_models.model import Model, load_model
+from jaxcept_models.model import KVDType, Model, load_model
 from jaxcept_models.rope import RopeConfig
 from jaxcept_models.sharding import DATA, LLAMA_RULES, TENSOR, check_tensor_size, make_mesh, place, tensor_sizes
 from tests.test_scheduler_swaps import Swapping
@@ -149,13 +149,15 @@ def run_engine(model: Model) -> tuple[dict[str, tuple[int, ...]], Engine]:
     raise AssertionError("the engine does not come to an end")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "kv_cache_dtype"), [*((family, "auto") for family in FAMILIES), ("llama31", "int8")]
+)
 def test_greedy_tokens_are_those_of_one_device_through_swaps_and_cached_prefixes(
-    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, family: str
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, family: str, kv_cache_dtype: KVDType
 ) -> None:
     monkeypatch.setattr("jaxcept.runner.runner.token_buckets", lambda limit, *_: (limit,))  # as each takes a second
-    expected, _ = run_engine(load_model(folder(family)))
-    model = load_model(folder(family), mesh=make_mesh(*ENGINE_MESHES[family]))
+    expected, _ = run_engine(load_model(folder(family), kv_cache_dtype=kv_cache_dtype))
+    model = load_model(folder(family), mesh=make_mesh(*ENGINE_MESHES[family]), kv_cache_dtype=kv_cache_dtype)
     tokens, engine = run_engine(model)
     assert tokens == expected
     counters = engine.scheduler.counters

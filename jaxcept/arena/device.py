@@ -54,6 +54,7 @@ class Bench:
             load_format=config.load_format,  # type: ignore[arg-type]
             implementation=choose_implementation(config),
             seed=config.seed,
+            kv_cache_dtype=config.kv_cache_dtype,  # type: ignore[arg-type]
         )
         given = {name: getattr(sizes, name) for name in sizes.__slots__ if getattr(sizes, name) is not None}
         num_host_blocks = given.pop("num_host_blocks", None)

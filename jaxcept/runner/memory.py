@@ -39,7 +39,7 @@ def choose_num_blocks(
     placement = model.placement
     devices = [jax.devices()[0]] if placement is None else list(placement.mesh.local_devices)
     parallel = ALONE if placement is None else placement.parallel
-    footprint = Footprint(model.config, parallel, model.dtype, model.implementation)
+    footprint = Footprint(model.config, parallel, model.dtype, model.implementation, model.kv_cache_dtype)
     block_bytes = footprint.block_bytes(block_size)  # on each device
     free = _free_bytes(devices, footprint.workspace_bytes(step_tokens, max_num_seqs), memory_utilization)
     affordable = free // block_bytes
@@ -50,7 +50,7 @@ def choose_num_blocks(
             f"max_model_len={max_model_len} needs {per_sequence} blocks of {block_bytes:,} bytes, and memory has room "
             f"for {affordable}; lower max_model_len, or raise memory_utilization={memory_utilization}"
         )
-    return int(min(affordable, 2 * max_num_seqs * per_sequence))
+    return footprint.addressable_blocks(int(min(affordable, 2 * max_num_seqs * per_sequence)), block_size)
 
 
 def _free_bytes(devices: Sequence[jax.Device], workspace_bytes: int, memory_utilization: float) -> int:

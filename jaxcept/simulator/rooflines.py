@@ -35,6 +35,7 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     dtype_bytes: int = 2
+    kv_element_bytes: float | None = None  # None is dtype_bytes
 
     @property
     def weight_bytes(self) -> int:
@@ -44,7 +45,8 @@ class ModelShape:
     @property
     def kv_token_bytes(self) -> int:
         """KV cache of one token, all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype_bytes
+        each = self.dtype_bytes if self.kv_element_bytes is None else self.kv_element_bytes
+        return round(2 * self.num_layers * self.num_kv_heads * self.head_dim * each)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,7 @@ def from_profile(name: str, model: ModelShape, device: str, profile: Profile) ->
             "context_token_s": zero,
             "pair_s": zero,
             "saturation_tokens": PAPER,
-            "kv_token_bytes": "2 * layers * KV heads * head size * 2 bytes, from the model's configuration",
+            "kv_token_bytes": "2 * layers * KV heads * head size * bytes of each, from the model's configuration",
             "swap_out_latency_s": "0: the published budget has none",
             "swap_out_token_s": swap,
             "swap_in_latency_s": "0: the published budget has none",
@@ -171,7 +173,7 @@ def from_roofline(name: str, model: ModelShape, device: DeviceSheet, num_devices
             "pair_s": f"4 * layers * heads * head size operations; {sheet}; {reaches}",
             "saturation_tokens": f"{PAPER}: 384 for both models that it gives, taken over; the roofline alone bends at"
             f" {model.weight_bytes / bandwidth / (2 * model.num_params / flops):.0f}",
-            "kv_token_bytes": "2 * layers * KV heads * head size * 2 bytes, from the model's configuration",
+            "kv_token_bytes": "2 * layers * KV heads * head size * bytes of each, from the model's configuration",
             "swap_out_latency_s": "assumed",
             "swap_out_token_s": link,
             "swap_in_latency_s": "assumed",

@@ -28,7 +28,7 @@ def gather_blocks(
     *,
     implementation: Implementation = Implementation.XLA,
 ) -> KVPool:
-    """A copy of all layers of some blocks, each part [blocks, layers, kv_heads, block_size, head_dim].
+    """A copy of all layers of some blocks, each part [blocks, layers, kv_heads, block_rows, head_dim].
 
     Ids out of range (padding) give zeros.
     """
@@ -47,7 +47,7 @@ def scatter_blocks(
     pool: KVPool,
     layout: KVLayout,
     block_ids: jax.Array,  # [blocks] int32, no id twice
-    staging: KVPool,  # [blocks, layers, kv_heads, block_size, head_dim] each
+    staging: KVPool,  # [blocks, layers, kv_heads, block_rows, head_dim] each
     *,
     implementation: Implementation = Implementation.XLA,
 ) -> KVPool:
@@ -69,7 +69,7 @@ def gather_each(
     *,
     implementation: Implementation = Implementation.XLA,
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """Every block as an array of its own, K before V: [2, layers, kv_heads, block_size, head_dim]; and their checksums.
+    """Every block as an array of its own, K before V: [2, layers, kv_heads, block_rows, head_dim]; and their checksums.
 
     The checksums are those of `block_checksums`. Ids out of range (padding) give zeros.
     """
@@ -97,18 +97,18 @@ def scatter_each(
 
 
 def block_checksums(
-    blocks: jax.Array,  # [blocks, 2, layers, kv_heads, block_size, head_dim]
+    blocks: jax.Array,  # [blocks, 2, layers, kv_heads, block_rows, head_dim]
 ) -> jax.Array:
     """[blocks, kv_heads] uint32 over the bits of each block. Per head, so that sharded heads need not be gathered.
 
     Every element is mixed with its place before the sum: a change of one element always shows, elements in each other's
     places show but for one chance in 2**32. The mix is the finalizer of MurmurHash3.
     """
-    _, parts, layers, _, block_size, head_dim = blocks.shape
-    bits = jnp.uint32 if blocks.dtype.itemsize == 4 else jnp.uint16
+    _, parts, layers, _, rows, head_dim = blocks.shape
+    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[blocks.dtype.itemsize]
     words = jax.lax.bitcast_convert_type(blocks, bits).astype(jnp.uint32)
-    places = jnp.arange(parts * layers * block_size * head_dim, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
-    mixed = words + places.reshape(1, parts, layers, 1, block_size, head_dim)
+    places = jnp.arange(parts * layers * rows * head_dim, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+    mixed = words + places.reshape(1, parts, layers, 1, rows, head_dim)
     mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
     return jnp.sum(mixed ^ (mixed >> 16), axis=(1, 2, 4, 5), dtype=jnp.uint32)

@@ -8,12 +8,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxcept_kernels.quantized import SCALE_BYTES
+
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
     """The shape of the KV pool: one flat array for K and one for V, the layers one after the other.
 
-    Block b of layer l is row `l * num_blocks + b`.
+    Block b of layer l is row `l * num_blocks + b`. In int8 the scales of a head's slots lie behind them
+    (`quantized.py`); they take rows of their own.
     """
 
     num_layers: int
@@ -29,22 +32,37 @@ class KVLayout:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether slots hold integers with a scale."""
+        return bool(self.dtype == jnp.int8)
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of one head of a block: its slots, and what their scales take."""
+        scales = -(-SCALE_BYTES * self.block_size // self.head_dim) if self.is_quantized else 0
+        return self.block_size + scales
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
-        """[layers * blocks, kv heads, block size, head dim]"""
-        return (self.num_layers * self.num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
+        """[layers * blocks, kv heads, block rows, head dim]"""
+        return (self.num_layers * self.num_blocks, self.num_kv_heads, self.block_rows, self.head_dim)
 
     @property
     def block_bytes(self) -> int:
         """Bytes of K and V of one block over all layers."""
-        per_layer = self.num_kv_heads * self.block_size * self.head_dim * jnp.dtype(self.dtype).itemsize
+        per_layer = self.num_kv_heads * self.block_rows * self.head_dim * jnp.dtype(self.dtype).itemsize
         return 2 * self.num_layers * per_layer
+
+    def compute_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
+        """What attention multiplies in, for queries of this dtype."""
+        return jnp.dtype(dtype) if self.is_quantized else self.dtype
 
 
 class KVPool(NamedTuple):
     """Keys and values of every layer, each of shape KVLayout.shape."""
 
-    k: jax.Array  # [layers * blocks, kv_heads, block_size, head_dim]
-    v: jax.Array  # [layers * blocks, kv_heads, block_size, head_dim]
+    k: jax.Array  # [layers * blocks, kv_heads, block_rows, head_dim]
+    v: jax.Array  # [layers * blocks, kv_heads, block_rows, head_dim]
 
 
 def make_pool(layout: KVLayout) -> KVPool:

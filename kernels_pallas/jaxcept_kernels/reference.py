@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
+from jaxcept_kernels.quantized import quantize, scale_of
 
 NEVER = -1e30  # a score that no key has; finite, so that differences of it stay numbers
 
@@ -88,10 +89,22 @@ def write_kv_xla(
     in_range = (meta.slots >= 0) & (block < layout.num_blocks)
     row = jnp.where(in_range, layer * layout.num_blocks + block, layout.shape[0])
     offset = meta.slots % layout.block_size
-    return KVPool(
-        pool.k.at[row, :, offset, :].set(k.astype(pool.k.dtype), mode="drop"),
-        pool.v.at[row, :, offset, :].set(v.astype(pool.v.dtype), mode="drop"),
-    )
+    if not layout.is_quantized:
+        return KVPool(
+            pool.k.at[row, :, offset, :].set(k.astype(pool.k.dtype), mode="drop"),
+            pool.v.at[row, :, offset, :].set(v.astype(pool.v.dtype), mode="drop"),
+        )
+
+    def put(part: jax.Array, fresh: jax.Array) -> jax.Array:
+        quantized = quantize(fresh)
+        part = part.at[row, :, offset, :].set(quantized.values, mode="drop")
+        for i, scale_byte in enumerate((quantized.low, quantized.high)):
+            place = (layout.head_dim + i) * layout.block_size + offset  # elements from the head's first
+            at = (row, slice(None), place // layout.head_dim, place % layout.head_dim)
+            part = part.at[at].set(scale_byte, mode="drop")
+        return part
+
+    return KVPool(put(pool.k, k), put(pool.v, v))
 
 
 def paged_attention_xla(
@@ -218,24 +231,38 @@ def attend(
     key = (column[:, :, None] * size + jnp.arange(size, dtype=jnp.int32)[None, None, :]).reshape(items, -1)
     written = key < meta.context_len[entry][:, None]  # beyond it the pool holds anything, NaN included
 
-    def gather(part: jax.Array) -> jax.Array:  # [items, chunk_blocks, kv_heads, block_size, head_dim]
-        flat = part.reshape(part.shape[0], -1)
-        return flat.at[row].get(mode="promise_in_bounds").reshape(items, -1, heads, size, dim)
+    dtype = layout.compute_dtype(q.dtype)
 
-    keys = gather(pool.k)
+    def gather(part: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """[items, chunk_blocks, kv_heads, block_size, head_dim], and the scales without the last axis."""
+        flat = part.reshape(part.shape[0], -1)
+        found = flat.at[row].get(mode="promise_in_bounds").reshape(items, -1, heads, layout.block_rows * dim)
+        slots = found[..., : size * dim].reshape(items, -1, heads, size, dim).astype(dtype)
+        if not layout.is_quantized:
+            return slots, None
+        low, high = (found[..., size * (dim + i) : size * (dim + i + 1)] for i in range(2))
+        return slots, scale_of(low, high)
+
+    keys, key_scales = gather(pool.k)
+    values, value_scales = gather(pool.v)
     mask = written.reshape(items, -1, 1, size, 1)
-    values = jnp.where(mask, gather(pool.v), jnp.zeros((), pool.v.dtype))
-    tiled = q[token].reshape(items, geometry.queries, heads, group, dim).astype(pool.k.dtype)
+    values = jnp.where(mask, values, jnp.zeros((), dtype))
+    tiled = q[token].reshape(items, geometry.queries, heads, group, dim).astype(dtype)
     tiled = tiled.transpose(0, 2, 1, 3, 4).reshape(items, heads, -1, dim)
     scores = jnp.einsum("ihqd,ibhsd->ihqbs", tiled, keys, preferred_element_type=jnp.float32)
+    if key_scales is not None:
+        scores = scores * key_scales.transpose(0, 2, 1, 3)[:, :, None]
     scores = scores.reshape(*scores.shape[:3], -1) * geometry.scale  # [items, kv_heads, rows, chunk]
     seen = written[:, None, :] & (key[:, None, :] <= position[:, :, None])  # [items, queries, chunk]
     seen = jnp.repeat(seen, group, axis=1)[:, None]
     scores = jnp.where(seen, scores, NEVER)
     highest = scores.max(axis=-1)
     exponentials = jnp.where(seen, jnp.exp(scores - highest[..., None]), 0.0)
-    weights = exponentials.astype(values.dtype).reshape(*exponentials.shape[:3], -1, size)
-    summed = jnp.einsum("ihqbs,ibhsd->ihqd", weights, values, preferred_element_type=jnp.float32)
+    weights = exponentials.reshape(*exponentials.shape[:3], -1, size)
+    if value_scales is not None:
+        value_scales = jnp.where(mask[..., 0], value_scales, 0.0)
+        weights = weights * value_scales.transpose(0, 2, 1, 3)[:, :, None]
+    summed = jnp.einsum("ihqbs,ibhsd->ihqd", weights.astype(dtype), values, preferred_element_type=jnp.float32)
     return Accumulator(highest, exponentials.sum(axis=-1), summed)
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 
 from jaxcept_kernels.attention import Implementation
 from jaxcept_kernels.layout import KVLayout
+from jaxcept_kernels.pallas.common import MOST_SIGNED, can_address
 from jaxcept_models.config import ModelConfig
 from jaxcept_models.model import ARCHITECTURES
 from jaxcept_models.sharding import Parallel, part_of
@@ -31,6 +32,7 @@ class Footprint:
     parallel: Parallel
     dtype: jnp.dtype
     implementation: Implementation
+    kv_cache_dtype: jnp.dtype | None = None  # None is `dtype`
 
     @property
     def part(self) -> ModelConfig:
@@ -44,8 +46,25 @@ class Footprint:
 
     def block_bytes(self, block_size: int) -> int:
         """This device's heads of one block of the KV pool, all layers."""
+        return self._block(block_size).block_bytes
+
+    def addressable_blocks(self, num_blocks: int, block_size: int) -> int:
+        """As many of these blocks as the kernels find their way in."""
+        block = self._block(block_size)
+        elements = math.prod(block.shape)
+        can = self.implementation is not Implementation.PALLAS or can_address(
+            num_blocks * elements, block.dtype.itemsize
+        )
+        return num_blocks if can else MOST_SIGNED // elements
+
+    def _block(self, block_size: int) -> KVLayout:
+        part, dtype = self.part, jnp.dtype(self.kv_cache_dtype or self.dtype)
+        return KVLayout(part.num_layers, 1, block_size, part.num_kv_heads, part.head_dim, dtype)
+
+    def kv_element_bytes(self, block_size: int) -> float:
+        """Bytes that one number of a key or a value takes, scales included."""
         part = self.part
-        return KVLayout(part.num_layers, 1, block_size, part.num_kv_heads, part.head_dim, self.dtype).block_bytes
+        return self.block_bytes(block_size) / (2 * part.num_layers * block_size * part.num_kv_heads * part.head_dim)
 
     def step_bytes(self, tokens: int) -> int:
         """Temporaries of a step of so many tokens."""

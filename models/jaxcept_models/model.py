@@ -36,6 +36,7 @@ from jaxcept_models.sharding import (
 from jaxcept_models.weight_map import WeightMap
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+KVDType = Literal["auto", "int8"]
 LoadFormat = Literal["auto", "dummy"]
 Touch = Literal["none", "transpose", "pack"]
 
@@ -74,13 +75,13 @@ class Model:
     tree: jax.tree_util.PyTreeDef
     placement: Placement | None = None
     specs: tuple[PartitionSpec, ...] = ()
+    kv_cache_dtype: jnp.dtype | None = None  # of the pool; None is `dtype`
 
     def kv_layout(self, num_blocks: int, block_size: int) -> KVLayout:
         """The pool of this model with so many blocks in each layer, over all devices that share the heads."""
         config = spread_kv_heads(self.config, self._parallel.tensor)
-        return KVLayout(
-            config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim, jnp.dtype(self.dtype)
-        )
+        dtype = jnp.dtype(self.kv_cache_dtype or self.dtype)
+        return KVLayout(config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim, dtype)
 
     def forward(
         self,
@@ -140,17 +141,21 @@ def load_model(
     seed: int = 0,
     progress: Progress | None = None,
     mesh: Mesh | None = None,
+    kv_cache_dtype: KVDType = "auto",
 ) -> Model:
     """The model of a Hugging Face folder (config.json, safetensors in one file or several), or of a checkpoint of ours.
 
     It lies on the default device, or on the devices of a mesh (`sharding.make_mesh`), whose parts are read one array at
     a time. `dtype` "auto" is float32 on the CPU, where narrower types are slower, and bfloat16 elsewhere. `load_format`
     "dummy" draws the weights from `seed` and needs config.json alone; on more devices than there are KV heads it draws
-    other ones. `progress(bytes done, bytes in all)`. Raises CheckpointError for whatever is wrong with the folder,
+    other ones. `kv_cache_dtype` "auto" is `dtype`; "int8" stores keys and values in eight bits (`quantized.py` of the
+    kernels). `progress(bytes done, bytes in all)`. Raises CheckpointError for whatever is wrong with the folder,
     ValueError for an unknown dtype or load format, and for a mesh that the model's heads do not fit.
     """
     if load_format not in ("auto", "dummy"):
         raise ValueError(f"load_format={load_format!r}: expected 'auto' or 'dummy'")
+    if kv_cache_dtype not in ("auto", "int8"):
+        raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r}: expected 'auto' or 'int8'")
     chosen, config = _dtype(dtype), read_config(folder)
     model, variables = _outline(config, chosen, implementation, mesh)
     leaves = _leaves(model, variables)
@@ -161,7 +166,7 @@ def load_model(
         arrays = restore_arrays(folder, leaves, stored_parts(config), progress)
     else:
         arrays = load_safetensors(folder, leaves, progress)
-    return replace(model, weights=arrays)
+    return replace(model, weights=arrays, kv_cache_dtype=None if kv_cache_dtype == "auto" else jnp.dtype(jnp.int8))
 
 
 def outline_model(

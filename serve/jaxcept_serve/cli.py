@@ -15,7 +15,7 @@ from rich.table import Table
 
 import jaxcept
 from jaxcept.build import architectures, describe_model, obey_host, profile_model
-from jaxcept.config import IMPLEMENTATIONS, EngineConfig, Hosts, shipped_model
+from jaxcept.config import IMPLEMENTATIONS, KV_CACHE_DTYPES, EngineConfig, Hosts, shipped_model
 from jaxcept.hosts import EXIT_HOST_LOST
 from jaxcept.llm import LLM
 from jaxcept.outputs import RequestOutput
@@ -116,6 +116,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", help="Hugging Face folder (default: the small model that comes with jaxcept)")
     group.add_argument("--tokenizer", help="folder of the tokenizer (default: the model's)")
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    group.add_argument(
+        "--kv-cache-dtype", default="auto", choices=KV_CACHE_DTYPES, help="int8: twice the contexts in the same memory"
+    )
     group.add_argument("--load-format", default="auto", choices=["auto", "dummy"])
     group.add_argument("--implementation", default="auto", choices=IMPLEMENTATIONS, help="who computes attention")
     group.add_argument("--max-model-len", type=int)
@@ -200,10 +203,10 @@ def make_config(args: argparse.Namespace) -> EngineConfig:
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """Flags by the names of EngineConfig's fields."""
     names = (
-        "tokenizer", "dtype", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
-        "num_blocks", "memory_utilization", "enable_prefix_caching", "intercept_policy", "host_pool_gb", "queue_order",
-        "duration_estimator", "cost_model", "chat_template", "tool_call_parser", "implementation",
-        "tensor_parallel_size", "data_parallel_size", "seed",
+        "tokenizer", "dtype", "kv_cache_dtype", "load_format", "max_model_len", "max_num_seqs",
+        "max_num_batched_tokens", "block_size", "num_blocks", "memory_utilization", "enable_prefix_caching",
+        "intercept_policy", "host_pool_gb", "queue_order", "duration_estimator", "cost_model", "chat_template",
+        "tool_call_parser", "implementation", "tensor_parallel_size", "data_parallel_size", "seed",
     )  # fmt: skip
     return {name: getattr(args, name) for name in names} | {"hosts": make_hosts(args)}
 

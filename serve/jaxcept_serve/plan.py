@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxcept.capacity import KNOWN_MODELS, SHEETS, Plan, Sizes, default_max_model_len, plan_capacity
+from jaxcept.config import KV_CACHE_DTYPES
 from jaxcept.runner.memory import DEVICE_SHARE
 from jaxcept.simulator.rooflines import BANDWIDTH_EFFICIENCY, COMPUTE_EFFICIENCY
 
@@ -34,6 +35,7 @@ def add_command(commands: Commands) -> None:
         "--data-parallel-size", type=int, default=1, help="groups of devices that share a step's tokens"
     )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=KV_CACHE_DTYPES)
     parser.add_argument("--implementation", default="pallas", choices=["pallas", "xla"])
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
@@ -55,7 +57,9 @@ def run(args: argparse.Namespace) -> int:
         args.gpu_memory_utilization,
         args.context,
     )
-    plan = plan_capacity(args.model, args.devices, args.data_parallel_size, sizes, args.dtype, args.implementation)
+    plan = plan_capacity(
+        args.model, args.devices, args.data_parallel_size, sizes, args.dtype, args.implementation, args.kv_cache_dtype
+    )
     if args.json:
         print(json.dumps(asdict(plan) | {"pool_bytes": plan.memory.pool_bytes}, indent=2))
     else:

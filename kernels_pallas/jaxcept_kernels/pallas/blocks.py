@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -21,7 +22,7 @@ def gather_blocks_pallas(
     layout: KVLayout,
     block_ids: jax.Array,  # [blocks] int32
 ) -> KVPool:
-    """A copy of all layers of some blocks, each part [blocks, layers, kv_heads, block_size, head_dim].
+    """A copy of all layers of some blocks, each part [blocks, layers, kv_heads, block_rows, head_dim].
 
     Ids out of range (padding) give zeros.
     """
@@ -49,7 +50,7 @@ def scatter_blocks_pallas(
     pool: KVPool,
     layout: KVLayout,
     block_ids: jax.Array,  # [blocks] int32, no id twice
-    staging: KVPool,  # [blocks, layers, kv_heads, block_size, head_dim] each
+    staging: KVPool,  # [blocks, layers, kv_heads, block_rows, head_dim] each
 ) -> KVPool:
     """The pool with the staged blocks in their places; ids out of range (padding) are dropped. In place if donated."""
     count, layers, num_blocks = block_ids.shape[0], layout.num_layers, layout.num_blocks
@@ -91,7 +92,7 @@ def gather_each_pallas(
     layout: KVLayout,
     block_ids: jax.Array,  # [blocks] int32
 ) -> tuple[jax.Array, ...]:
-    """A copy of all layers of each block, K before V: an array [2, layers, kv_heads, block_size, head_dim] for each.
+    """A copy of all layers of each block, K before V: an array [2, layers, kv_heads, block_rows, head_dim] for each.
 
     Ids out of range (padding) give zeros.
     """
@@ -176,5 +177,5 @@ def copy_blocks_pallas(
 
 def chunking(layout: KVLayout) -> tuple[int, int]:
     """Elements of one layer of a block, and of one program's part of it."""
-    length = layout.num_kv_heads * layout.block_size * layout.head_dim
+    length = math.prod(layout.shape[1:])
     return length, min(ELEMENTS, power_of_two(length))

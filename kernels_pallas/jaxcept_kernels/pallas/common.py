@@ -11,6 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+MOST_SIGNED = 1 << 31  # offsets that 32 bits with a sign can tell
+
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -25,7 +27,16 @@ class Launch:
     aliases: Mapping[int, int] | None = None  # operand: the result that takes its place
 
     def __call__(self, *operands: jax.Array) -> tuple[jax.Array, ...]:
-        """The results. The CPU interprets the kernel, whichever platform the trace is lowered for later."""
+        """The results. The CPU interprets the kernel, whichever platform the trace is lowered for later.
+
+        ValueError for an operand of a size that Pallas addresses wrongly.
+        """
+        for operand in operands:
+            if not can_address(operand.size, operand.dtype.itemsize):
+                raise ValueError(
+                    f"{self.name}: Pallas cannot address {operand.size:,} elements of one byte (more than 2**31, up to "
+                    "2**32); choose fewer blocks, or more than that"
+                )
 
         def build(interpret: bool) -> Callable[..., tuple[jax.Array, ...]]:
             def call(*operands: jax.Array) -> tuple[jax.Array, ...]:
@@ -52,6 +63,15 @@ class Launch:
 def power_of_two(size: int, at_least: int = 1) -> int:
     """The least power of two that is no less than both numbers."""
     return max(at_least, 1 << (size - 1).bit_length())
+
+
+def can_address(elements: int, itemsize: int) -> bool:
+    """Whether Pallas finds every element of such an array.
+
+    It takes offsets of 32 bits for arrays of up to 2**32 bytes, and Triton reads them with a sign: elements of one byte
+    past 2**31 would lie before the array (jax/_src/pallas/triton/lowering.py, `_compute_offsets_from_indices`).
+    """
+    return itemsize > 1 or not MOST_SIGNED < elements <= 2 * MOST_SIGNED
 
 
 def device_kind() -> str:

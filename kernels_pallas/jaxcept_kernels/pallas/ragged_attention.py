@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton as pltriton
 from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
 from jaxcept_kernels.pallas.common import Launch, device_kind, power_of_two
 from jaxcept_kernels.pallas.tiles import AttentionTiles, Tile, tiles_for
+from jaxcept_kernels.quantized import scale_of
 
 NEVER = -1e30  # a score that no key has; finite, so that differences of it stay numbers
 LOG2_E = math.log2(math.e)
@@ -78,9 +79,10 @@ def ragged_paged_attention(
     tokens, heads, _ = q.shape
     entries, columns = meta.block_tables.shape
     group = heads // layout.num_kv_heads
+    dtype = layout.compute_dtype(q.dtype)
 
     def run(name: str, tile: Tile, max_programs: int) -> jax.Array:
-        rows, keys = fit(tile, group, layout)
+        rows, keys = fit(tile, group, layout.head_dim, dtype)
         is_decode = name == "decode_attention"
         queries = 1 if is_decode else rows // group
         work = decode_work(meta) if is_decode else prefill_work(meta, tokens, queries)
@@ -104,12 +106,12 @@ def ragged_paged_attention(
     return jnp.where(length == 1, decoded, jnp.where(length > 1, prefilled, jnp.zeros((), q.dtype)))
 
 
-def fit(tile: Tile, group: int, layout: KVLayout) -> tuple[int, int]:
+def fit(tile: Tile, group: int, head_dim: int, dtype: jnp.dtype) -> tuple[int, int]:
     """Rows and keys of a tile for the bytes of a head's keys: a wider head or element takes fewer of them.
 
     Products in float32 are summed in registers, not by tensor cores: larger tiles of them spill on sm_90.
     """
-    width, bytes_each = power_of_two(layout.head_dim), jnp.dtype(layout.dtype).itemsize
+    width, bytes_each = power_of_two(head_dim), jnp.dtype(dtype).itemsize
     wider = max(1, width * bytes_each // 256)
     rows, keys = tile.rows // wider, tile.keys // wider
     if bytes_each == 4:
@@ -151,10 +153,11 @@ def attend(
     """One launch: [results, heads, head_dim] in q's dtype; rows of no tile hold anything."""
     layout, splits = shape.layout, shape.splits
     heads, dim = q.shape[1:]
+    dtype = layout.compute_dtype(q.dtype)
     lines = splits * shape.results * heads
     launch = Launch(
         name=shape.name,
-        kernel=make_kernel(shape),
+        kernel=make_kernel(shape, dtype),
         grid=(shape.tiles, layout.num_kv_heads, splits),
         results=[
             jax.ShapeDtypeStruct((lines, dim), q.dtype if splits == 1 else jnp.float32),
@@ -165,7 +168,7 @@ def attend(
     )
     first_row = jnp.asarray(layer * layout.num_blocks, jnp.int32).reshape(1)
     flat = (part.reshape(-1, dim) for part in pool)
-    operands = (first_row, meta.block_tables.reshape(-1), q.astype(layout.dtype).reshape(-1, dim), *flat)
+    operands = (first_row, meta.block_tables.reshape(-1), q.astype(dtype).reshape(-1, dim), *flat)
     out, log_sum = launch(*work, *operands)
     if splits == 1:
         return out.reshape(shape.results, heads, dim)
@@ -175,12 +178,12 @@ def attend(
     return (jnp.sum(out * weight, axis=0) / jnp.sum(weight, axis=0)).astype(q.dtype)
 
 
-def make_kernel(shape: Shape):  # type: ignore[no-untyped-def]
-    """The kernel of a launch with these sizes."""
+def make_kernel(shape: Shape, dtype: jnp.dtype):  # type: ignore[no-untyped-def]
+    """The kernel of a launch with these sizes; products are of elements of `dtype`."""
     layout, group, rows, keys = shape.layout, shape.group, shape.rows, shape.keys
     kv_heads, size, dim = layout.num_kv_heads, layout.block_size, layout.head_dim
     heads, width = kv_heads * group, power_of_two(dim, 16)
-    precision = lax.Precision.HIGHEST if layout.dtype == jnp.float32 else None
+    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
     def kernel(  # type: ignore[no-untyped-def]
         entry_ref,
@@ -218,11 +221,10 @@ def make_kernel(shape: Shape):  # type: ignore[no-untyped-def]
             is_needed = (key >= first) & (key < end)  # elsewhere the pool holds anything, NaN included
             block = pltriton.load(tables.at[table + key // size], mask=is_needed, other=0)
             block = jnp.clip(block, 0, layout.num_blocks - 1)
-            place = (((row_ref[0] + block) * kv_heads + head) * size + key % size)[:, None]
-            there = is_needed[:, None] & (column < dim)
-            k = pltriton.load(k_ref.at[place, column], mask=there, other=0)
-            v = pltriton.load(v_ref.at[place, column], mask=there, other=0)
-            scores = pltriton.dot(q, k, trans_b=True, precision=precision) * shape.scale
+            slots = Slots(((row_ref[0] + block) * kv_heads + head) * layout.block_rows, key % size, is_needed)
+            k, k_scale = load_slots(k_ref, slots, layout, dtype)
+            v, v_scale = load_slots(v_ref, slots, layout, dtype)
+            scores = pltriton.dot(q, k, trans_b=True, precision=precision) * (shape.scale * k_scale)
             if shape.soft_cap is not None:
                 scores = shape.soft_cap * jnp.tanh(scores / shape.soft_cap)
             at = (position + query)[:, None]
@@ -234,7 +236,8 @@ def make_kernel(shape: Shape):  # type: ignore[no-untyped-def]
             keep = jnp.exp2(highest - reached)
             weights = jnp.where(seen, jnp.exp2(scores - reached[:, None]), 0.0)
             total = total * keep + jnp.sum(weights, axis=1)
-            summed = summed * keep[:, None] + pltriton.dot(weights.astype(v.dtype), v, precision=precision)
+            weights = (weights * v_scale).astype(dtype)
+            summed = summed * keep[:, None] + pltriton.dot(weights, v, precision=precision)
             return summed, reached, total
 
         carry = (
@@ -250,3 +253,33 @@ def make_kernel(shape: Shape):  # type: ignore[no-untyped-def]
         pltriton.store(sum_ref.at[line], jnp.where(total == 0, NEVER, highest + jnp.log2(divisor)), mask=is_row)
 
     return kernel
+
+
+class Slots(NamedTuple):
+    """Where an iteration's keys lie in the pool."""
+
+    first: jax.Array  # [keys] int32, first row of the key's head in its block
+    offset: jax.Array  # [keys] int32, slot in the block
+    is_needed: jax.Array  # [keys] bool
+
+
+def load_slots(
+    part: jax.Ref,  # [rows, head_dim], K or V of the pool
+    slots: Slots,
+    layout: KVLayout,
+    dtype: jnp.dtype,
+) -> tuple[jax.Array, jax.Array | float]:
+    """The slots as [keys, width] of `dtype`, and their scales [1, keys]; zeros where none is needed."""
+    first, offset, is_needed = slots
+    column = jnp.arange(power_of_two(layout.head_dim, 16), dtype=jnp.int32)[None, :]
+    there = is_needed[:, None] & (column < layout.head_dim)
+    values = pltriton.load(part.at[(first + offset)[:, None], column], mask=there, other=0).astype(dtype)
+    if not layout.is_quantized:
+        return values, 1.0
+
+    def scale_byte(i: int) -> jax.Array:
+        place = (layout.head_dim + i) * layout.block_size + offset  # elements from the head's first
+        at = part.at[first + place // layout.head_dim, place % layout.head_dim]
+        return pltriton.load(at, mask=is_needed, other=0)
+
+    return values, scale_of(scale_byte(0), scale_byte(1))[None, :]

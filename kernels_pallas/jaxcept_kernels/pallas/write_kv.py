@@ -9,6 +9,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
 from jaxcept_kernels.pallas.common import Launch, power_of_two
+from jaxcept_kernels.quantized import quantize
 
 HEADS = 8  # most KV heads that one program writes
 
@@ -24,19 +25,17 @@ def write_kv_pallas(
     """The pool with keys and values of one layer in their slots; slots out of range are dropped."""
     tokens, heads, dim = k.shape
     size, num_blocks = layout.block_size, layout.num_blocks
+    fresh = [quantize(x) if layout.is_quantized else (x.astype(layout.dtype),) for x in (k, v)]
+    parts = len(fresh[0])  # operands of each: the values, and the bytes of their scales if they have any
     at_once = min(HEADS, power_of_two(heads))
     width = power_of_two(dim)
 
     def kernel(
         slots: jax.Ref,
         first_row: jax.Ref,
-        k_in: jax.Ref,
-        v_in: jax.Ref,
-        _k_old: jax.Ref,
-        _v_old: jax.Ref,
-        k_out: jax.Ref,
-        v_out: jax.Ref,
+        *refs: jax.Ref,
     ) -> None:
+        k_out, v_out = refs[-2:]
         token = pl.program_id(0)
         head = (pl.program_id(1) * at_once + jnp.arange(at_once, dtype=jnp.int32))[:, None]
         column = jnp.arange(width, dtype=jnp.int32)[None, :]
@@ -44,20 +43,25 @@ def write_kv_pallas(
         is_live = (slot >= 0) & (slot < num_blocks * size)
         slot = jnp.where(is_live, slot, 0)
         mask = (head < heads) & (column < dim) & is_live
-        row = ((first_row[0] + slot // size) * heads + head) * size + slot % size
-        for source, target in ((k_in, k_out), (v_in, v_out)):
+        first = ((first_row[0] + slot // size) * heads + head) * layout.block_rows
+        for (source, *scale_bytes), target in ((refs[:parts], k_out), (refs[parts : 2 * parts], v_out)):
             values = pltriton.load(source.at[token * heads + head, column], mask=mask, other=0)
-            pltriton.store(target.at[row, column], values, mask=mask)
+            pltriton.store(target.at[first + slot % size, column], values, mask=mask)
+            for i, scale_byte in enumerate(scale_bytes):
+                place = (dim + i) * size + slot % size  # elements from the head's first
+                is_there = (head < heads) & is_live
+                byte = pltriton.load(scale_byte.at[token * heads + head], mask=is_there, other=0)
+                pltriton.store(target.at[first + place // dim, place % dim + 0 * head], byte, mask=is_there)
 
     flat = tuple(part.reshape(-1, dim) for part in pool)
-    fresh = tuple(x.astype(layout.dtype).reshape(-1, dim) for x in (k, v))
+    operands = [x.reshape(-1, dim) if x.ndim == 3 else x.reshape(-1) for part in fresh for x in part]
     launch = Launch(
         name="write_kv",
         kernel=kernel,
         grid=(tokens, -(-heads // at_once)),
         results=[jax.ShapeDtypeStruct(part.shape, part.dtype) for part in flat],
-        aliases={4: 0, 5: 1},
+        aliases={2 + 2 * parts: 0, 3 + 2 * parts: 1},
     )
     first_row = jnp.asarray(layer * num_blocks, jnp.int32).reshape(1)
-    parts = launch(meta.slots, first_row, *fresh, *flat)
-    return KVPool(*(part.reshape(layout.shape) for part in parts))
+    written = launch(meta.slots, first_row, *operands, *flat)
+    return KVPool(*(part.reshape(layout.shape) for part in written))
