@@ -63,6 +63,7 @@ class Served(NamedTuple):
     shape: str
     num_devices: int
     implementations: tuple[Implementation, ...]
+    kv_cache_dtype: str | None = None
 
 
 BOTH = (Implementation.XLA, Implementation.PALLAS)
@@ -72,6 +73,7 @@ MODELS = {
     "vicuna-13b": Served("vicuna-13b", 1, (Implementation.PALLAS,)),
     "vicuna-13b on 2": Served("vicuna-13b", 2, (Implementation.PALLAS,)),
     "llama-3-70b": Served("llama-3-70b", 4, (Implementation.PALLAS,)),
+    "llama-3-70b int8": Served("llama-3-70b", 4, (Implementation.PALLAS,), "int8"),
 }
 
 
@@ -121,9 +123,15 @@ def blocks_that_fit(model: Model, devices: Devices) -> int:
 
 def programs_of(name: str, layers: int | None, implementation: Implementation, devices: Devices) -> Iterator[Program]:
     """What serving this model runs, at its largest sizes: all with Pallas, a mixed step and the moves with XLA."""
-    config = SHAPES[MODELS[name].shape]
-    num_blocks = blocks_that_fit(make_model(config, implementation, devices), devices)
-    model = make_model(replace(config, num_layers=layers or config.num_layers), implementation, devices)
+    served = MODELS[name]
+    config, told = SHAPES[served.shape], served.shape
+    dtype = None
+    if served.kv_cache_dtype is not None:
+        dtype, told = jnp.dtype(served.kv_cache_dtype), f"{told}, {served.kv_cache_dtype} KV"
+    whole = replace(make_model(config, implementation, devices), kv_cache_dtype=dtype)
+    num_blocks = blocks_that_fit(whole, devices)
+    part = make_model(replace(config, num_layers=layers or config.num_layers), implementation, devices)
+    model = replace(part, kv_cache_dtype=dtype)
     runner = make_runner(model, num_blocks, devices)
     wanted = {f"step {MAX_NUM_BATCHED_TOKENS}", "copy", *(f"swap {way} {max(ARITIES)}" for way in ("out", "in"))}
     if implementation is Implementation.PALLAS:
@@ -132,9 +140,7 @@ def programs_of(name: str, layers: int | None, implementation: Implementation, d
     for what, _, lower in runner.lowerings():
         if what in wanted:
             writes = what.startswith(("step", "swap in", "copy"))
-            yield compile_program(
-                Task(MODELS[name].shape, f"{what} {implementation}", runner.layout, writes, lower), devices
-            )
+            yield compile_program(Task(told, f"{what} {implementation}", runner.layout, writes, lower), devices)
 
 
 def kernel_programs(devices: Devices) -> Iterator[Program]:

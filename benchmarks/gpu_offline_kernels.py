@@ -29,7 +29,7 @@ PALLAS = Implementation.PALLAS
 class Case(NamedTuple):
     """One kernel launch's static sizes."""
 
-    dtype: str
+    dtype: str  # of the pool; int8 goes with bfloat16 queries
     head_dim: int
     block_size: int
     group: int = 4
@@ -57,8 +57,10 @@ CASES = (
     *(Case("bfloat16", head_dim, 16, group) for head_dim in (128, 256) for group in (1, 5, 8, 16)),
     Case("bfloat16", 128, 16, 4, 4096, 50.0),
     *(Case(dtype, head_dim, 16) for dtype in ("float16", "float32") for head_dim in HEAD_DIMS),
+    *(Case("int8", head_dim, block_size) for head_dim in HEAD_DIMS for block_size in (16, 64)),
+    *(Case("int8", 128, 16, group) for group in (1, 8)),
 )
-MOVES = (("bfloat16", 128), ("bfloat16", 80), ("float32", 256))
+MOVES = (("bfloat16", 128), ("bfloat16", 80), ("float32", 256), ("int8", 128))
 
 
 def layout_of(dtype: str, head_dim: int, block_size: int) -> KVLayout:
@@ -81,8 +83,9 @@ def kernels(sharding: Sharding) -> Iterator[Kernels]:
         layout = layout_of(case.dtype, case.head_dim, case.block_size)
         tables = shape(jnp.int32, ENTRIES, COLUMNS)
         meta = (*(shape(jnp.int32, n) for n in (TOKENS, TOKENS, ENTRIES + 1, ENTRIES)), tables)
-        q = shape(layout.dtype, TOKENS, NUM_KV_HEADS * case.group, case.head_dim)
-        kv = shape(layout.dtype, TOKENS, NUM_KV_HEADS, case.head_dim)
+        computed = layout.compute_dtype(jnp.dtype(jnp.bfloat16))
+        q = shape(computed, TOKENS, NUM_KV_HEADS * case.group, case.head_dim)
+        kv = shape(computed, TOKENS, NUM_KV_HEADS, case.head_dim)
         step = jax.jit(layer_step(case, layout), donate_argnums=0)
         lower = _lowering(step, pool_of(layout), q, kv, kv, meta)
         yield Kernels(f"attention {case.name}", layout, lower)

@@ -173,7 +173,7 @@ def use_compilation_cache(folder: str | Path | None) -> None:
     """Points XLA's persistent cache at `folder`, by default one under the user's cache."""
     if folder == "":
         return
-    path = Path(folder) if folder is not None else cache_folder() / "xla"
+    path = Path(folder) if folder is not None else cache_folder() / "programs"
     path.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(path))
     # With a bound JAX takes a lock for each file; without, one engine may read what another has half written.

@@ -86,10 +86,10 @@ class TransformersEngine:
 class JaxceptEngine:
     """The engine itself: a tool call intercepts its sequence, and the others of the batch go on."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kv_cache_dtype: str = "auto") -> None:
         from jaxcept import AsyncLLM, SamplingParams  # noqa: PLC0415 (the other engine needs no jax)
 
-        self._llm = AsyncLLM(folder, max_num_seqs=BATCH_SIZE, max_num_batched_tokens=256)
+        self._llm = AsyncLLM(folder, max_num_seqs=BATCH_SIZE, max_num_batched_tokens=256, kv_cache_dtype=kv_cache_dtype)
         self._params = SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS)
 
     def answer(self, conversations: list[data.Conversation]) -> list[Answer]:
