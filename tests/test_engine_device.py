@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -164,9 +165,19 @@ def intercepted_tokens(model, policy, prompts, **config):
     return [finished[str(i)] for i in range(len(prompts))]
 
 
-@pytest.mark.parametrize("depth", [0, 1])
-@pytest.mark.parametrize("caching", [True, False])
-def test_greedy_tokens_are_equal_preserved_discarded_and_never_intercepted(small_model, caching, depth):
+@pytest.fixture(scope="module")
+def eight_bit_model(small_model):
+    return replace(small_model, kv_cache_dtype=np.dtype(np.int8))
+
+
+@pytest.mark.parametrize(
+    ("caching", "depth", "kv"),
+    [(True, 0, "auto"), (True, 1, "auto"), (False, 0, "auto"), (False, 1, "auto"), (True, 1, "int8")],
+)
+def test_greedy_tokens_are_equal_preserved_discarded_and_never_intercepted(
+    small_model, eight_bit_model, caching, depth, kv
+):
+    small_model = small_model if kv == "auto" else eight_bit_model
     rng = np.random.default_rng(3)
     prompts = [rng.integers(0, 100, size=n).tolist() for n in (5, 30, 61, 16)]
     config = {"enable_prefix_caching": caching, "depth": depth}
