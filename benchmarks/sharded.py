@@ -2,6 +2,7 @@
 
     python benchmarks/sharded.py load [--gib 1]     # writes a random checkpoint, loads it on each mesh, deletes it
     python benchmarks/sharded.py step               # scheduler, batch, dispatch: milliseconds of a decode step
+    python benchmarks/sharded.py step --save benchmarks/results/sharded-step.json
 
 A device of the CPU keeps its arrays in host memory, so what a load costs the host is its peak less what the devices
 hold in the end. Every mesh is a process of its own. Virtual devices share the cores, and a step that small computes
@@ -13,12 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -179,13 +183,16 @@ def in_process(arguments: list[str]) -> dict[str, float]:
     return measured
 
 
-def print_table(rows: Callable[[int, int], dict[str, float]]) -> None:
-    """A row for each mesh."""
-    for i, (tensor, data) in enumerate(MESHES):
+def measure_meshes(rows: Callable[[int, int], dict[str, float]]) -> list[dict[str, float]]:
+    """A row for each mesh, printed as it comes."""
+    measured = []
+    for tensor, data in MESHES:
         row = rows(tensor, data)
-        if i == 0:
+        if not measured:
             print("| tensor | data | " + " | ".join(row) + " |\n|" + "---|" * (len(row) + 2))
         print(f"| {tensor} | {data} | " + " | ".join(f"{value:.3g}" for value in row.values()) + " |", flush=True)
+        measured.append({"tensor": tensor, "data": data} | row)
+    return measured
 
 
 def main() -> None:
@@ -193,18 +200,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["load", "step"])
     parser.add_argument("--gib", type=float, default=1.0, help="size of the checkpoint")
+    parser.add_argument("--save", type=Path, help="file for the figures, as JSON")
     parser.add_argument("--mesh", type=int, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.mesh is not None:
         print(json.dumps(load(args.folder, *args.mesh) if args.what == "load" else step(*args.mesh)))
-    elif args.what == "step":
-        print_table(lambda tensor, data: in_process(["step", "--mesh", str(tensor), str(data)]))
+        return
+    about: dict[str, object] = {"command": f"python benchmarks/sharded.py {args.what}"}
+    if args.what == "step":
+        rows = measure_meshes(lambda tensor, data: in_process(["step", "--mesh", str(tensor), str(data)]))
     else:
         with tempfile.TemporaryDirectory() as name:
-            size = write_checkpoint(Path(name), int(args.gib * 2**30))
-            print(f"a checkpoint of {size / MIB:.0f} MiB")
-            print_table(lambda tensor, data: in_process(["load", "--mesh", str(tensor), str(data), "--folder", name]))
+            about["checkpoint_mib"] = size = write_checkpoint(Path(name), int(args.gib * 2**30)) / MIB
+            print(f"a checkpoint of {size:.0f} MiB")
+            rows = measure_meshes(
+                lambda tensor, data: in_process(["load", "--mesh", str(tensor), str(data), "--folder", name])
+            )
+    if args.save is not None:
+        about |= {
+            "device": f"eight virtual devices on {os.cpu_count()} cores, {platform.machine()}",
+            "jax": version("jax"),
+            "date": datetime.now(UTC).date().isoformat(),
+        }
+        args.save.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
