@@ -29,8 +29,10 @@ SIZES = Sizes(256, 2048, 4096)
 
 
 def footprint(model: str, num_devices: int, implementation: str = "pallas", data: int = 1) -> Footprint:
-    config = SHAPES[model]
-    return Footprint(config, share(config, num_devices, data), BFLOAT16, Implementation(implementation))
+    """`model` is a name, or "name, dtype KV" as compiled programs are told apart."""
+    name, _, kv = model.partition(", ")
+    config, dtype = SHAPES[name], jnp.dtype(kv.removesuffix(" KV")) if kv else None
+    return Footprint(config, share(config, num_devices, data), BFLOAT16, Implementation(implementation), dtype)
 
 
 def head_bytes(here: Footprint) -> int:
@@ -42,12 +44,12 @@ def head_bytes(here: Footprint) -> int:
 
 def compiled() -> list[Any]:
     """Models' steps and draws as they were compiled for GPUs; kernels by themselves have no model."""
-    rows = [row for row in json.loads(COMPILED.read_text()) if row["model"] in SHAPES]
+    rows = [row for row in json.loads(COMPILED.read_text()) if row["model"].partition(", ")[0] in SHAPES]
     return [
         pytest.param(row, id="-".join(str(row[key]) for key in ("jax", "target", "model", "num_devices", "what")))
         for row in rows
         if row["what"].startswith(("step 1024", "sample 128 full"))
-        and row["num_layers"] == SHAPES[row["model"]].num_layers
+        and row["num_layers"] == SHAPES[row["model"].partition(", ")[0]].num_layers
     ]
 
 
@@ -69,6 +71,7 @@ def test_bytes_are_those_of_the_compiled_program(row: dict[str, Any]) -> None:
 def test_the_compiled_programs_cover_several_devices() -> None:
     seen = {(param.values[0]["model"], param.values[0]["num_devices"]) for param in compiled()}
     assert {("gpt-j-6b", 1), ("llama-3-8b", 1), ("llama-3-70b", 4), ("vicuna-13b", 1), ("vicuna-13b", 2)} <= seen
+    assert ("llama-3-70b, int8 KV", 4) in seen
 
 
 @pytest.mark.parametrize(
@@ -105,6 +108,26 @@ def test_memory_adds_up_and_more_devices_hold_more() -> None:
     assert two.num_tokens > 2.5 * one.num_tokens
     spread = plan("llama-3-70b", "16xA100-80GB").memory  # eight KV heads: each on two devices
     assert spread.block_bytes == plan("llama-3-70b", "8xA100-80GB").memory.block_bytes
+
+
+def test_eight_bits_hold_almost_twice_as_much_and_move_in_half_the_time() -> None:
+    sizes = Sizes(256, 2048, 2048)
+    wide, narrow = (plan_capacity("llama-3-70b", "4xa100-80gb", 1, sizes, kv_cache_dtype=kv) for kv in ("auto", "int8"))
+    assert narrow.memory.block_bytes / wide.memory.block_bytes == 17 / 32
+    assert 1.85 < narrow.memory.num_tokens / wide.memory.num_tokens < 32 / 17 + 0.02
+    assert 1.8 < narrow.swap_tokens_per_step / wide.swap_tokens_per_step < 1.95
+    assert narrow.swap_context_s / wide.swap_context_s == pytest.approx(17 / 32, rel=0.03)
+    assert narrow.memory.weight_bytes == wide.memory.weight_bytes
+
+
+def test_a_pool_is_never_of_a_size_that_kernels_address_wrongly() -> None:
+    here, block = footprint("llama-3-8b, int8 KV", 1), 17 * 128 * 8 * 32  # elements of K
+    for wanted in (1, (1 << 31) // block, (1 << 32) // block + 1, 100_000):
+        assert here.addressable_blocks(wanted, 16) == wanted
+    for wanted in ((1 << 31) // block + 1, (1 << 32) // block):
+        assert here.addressable_blocks(wanted, 16) == (1 << 31) // block
+        assert footprint("llama-3-8b", 1).addressable_blocks(wanted, 16) == wanted
+        assert footprint("llama-3-8b, int8 KV", 1, "xla").addressable_blocks(wanted, 16) == wanted
 
 
 def test_a_command_has_the_share_of_a_gpu_that_plans_count_on(monkeypatch: pytest.MonkeyPatch) -> None:
