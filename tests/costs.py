@@ -22,6 +22,8 @@ HAND = CostModel(
     swap_in_latency_s=0.0,
     swap_in_token_s=0.00002,
 )
+# Every token counts, as on a CPU: a waiting context's last, partly filled block is worth a copy.
+SLOW = replace(HAND, token_s=0.001)
 # The same device, with weights to read, attention, latency, and a slower way in.
 FULL = replace(
     HAND,

@@ -6,7 +6,7 @@ import gzip
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lowering import lowered
 
 from benchmarks import kernels, kernels_attention, kernels_blocks, kernels_step, kernels_timing, tune_tiles
 from benchmarks.kernels_attention import Group, make_groups, make_meta, queries
@@ -352,6 +353,7 @@ def test_the_command_line_hands_its_flags_on(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("short_chains")
+@pytest.mark.filterwarnings("ignore:.*paged_attention is deprecated:DeprecationWarning")
 def test_a_kernel_that_the_device_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # what interprets here stands for the GPU's kernel
     monkeypatch.setattr(kernels_attention, "PEER_CONTEXT", 64)  # which the peer takes in 16 splits
@@ -362,10 +364,6 @@ def test_a_kernel_that_the_device_refuses_is_told(monkeypatch: pytest.MonkeyPatc
     assert decoded["jax"].seconds is None and "divisible" in decoded["jax"].note
     written = {row.implementation: row for row in kernels_blocks.run_blocks(preset, SOON)}
     assert list(written) == ["xla", "pallas"] and written["pallas"].seconds and written["pallas"].error == 0
-
-
-def lowered(function: Callable[..., object], *args: object) -> str:
-    return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def make_group(contexts: tuple[int, ...] = (4096,), shape: Shape = LLAMA_70B, chunk: int = 1) -> Group:
@@ -386,6 +384,7 @@ def test_chains_of_pallas_attention_lower_for_cuda(chunk: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*paged_attention is deprecated:DeprecationWarning")
 def test_the_peer_gets_the_same_keys_and_lowers_for_cuda() -> None:
     group = make_group((2048,))
     pool = KVPool(*(noise(group.layout.shape, group.layout.dtype, i) for i in (1, 2)))

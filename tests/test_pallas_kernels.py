@@ -1,13 +1,13 @@
 """The Pallas kernels: tiles of several sizes, and lowered for CUDA without a GPU."""
 
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import use_abstract_mesh
 from kernel_batches import Batch, attention_in_float64, make_batch, written_pool
+from lowering import A100, lowered
 
 from jaxcept_kernels.layout import KVLayout, KVPool, make_pool
 from jaxcept_kernels.pallas.blocks import copy_blocks_pallas, gather_each_pallas, scatter_each_pallas
@@ -53,18 +53,9 @@ def test_mixed_batches_in_float32(heads: int, kv_heads: int, head_dim: int, tile
     check(batch, layout, 2e-6, tiles=tiles)
 
 
-A100 = AbstractDevice("NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu")
-
-
-def lowered(function: Callable[..., object], *args: object) -> str:
-    """Lowered for a GPU that is not there."""
-    with use_abstract_mesh(AbstractMesh((1,), ("heads",), abstract_device=A100)):
-        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-
-
 def test_tiles_are_those_of_the_device_that_is_traced_for() -> None:
     assert device_kind() == jax.devices()[0].device_kind
-    with use_abstract_mesh(AbstractMesh((1,), ("heads",), abstract_device=A100)):
+    with use_abstract_mesh(A100):
         assert device_kind() == "NVIDIA A100-SXM4-80GB"
 
 

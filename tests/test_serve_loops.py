@@ -11,6 +11,7 @@ import anthropic
 import openai
 import pytest
 from asgi_clients import anthropic_async, gone_after, openai_async, run
+from costs import SLOW
 from starlette.applications import Starlette
 
 from jaxcept import AsyncLLM
@@ -33,8 +34,10 @@ MOST_NEW = 48  # tokens of a question, an answer of a tool and what the template
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[AsyncLLM]:
-    made = AsyncLLM(**SIZES)
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AsyncLLM]:
+    costs = tmp_path_factory.mktemp("costs") / "costs.json"
+    SLOW.save(costs)
+    made = AsyncLLM(**SIZES, cost_model=costs)
     yield made
     made.close()
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from costs import SLOW
 
 from jaxcept import AsyncLLM, SamplingParams, tool
 from jaxcept.scheduler.params import StructuredOutput
@@ -42,8 +43,10 @@ LOOKUP = {"type": "function", "function": {"name": "lookup", "description": "", 
 
 
 @pytest.fixture(scope="module")
-def llm():
-    made = AsyncLLM(max_model_len=1024, max_num_seqs=8, num_blocks=512, max_num_batched_tokens=128)
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AsyncLLM]:
+    costs = tmp_path_factory.mktemp("costs") / "costs.json"
+    SLOW.save(costs)
+    made = AsyncLLM(max_model_len=1024, max_num_seqs=8, num_blocks=512, max_num_batched_tokens=128, cost_model=costs)
     yield made
     made.close()
 

@@ -45,8 +45,12 @@ class ModelShape:
     @property
     def kv_token_bytes(self) -> int:
         """KV cache of one token, all layers."""
-        each = self.dtype_bytes if self.kv_element_bytes is None else self.kv_element_bytes
-        return round(2 * self.num_layers * self.num_kv_heads * self.head_dim * each)
+        return round(2 * self.num_layers * self.num_kv_heads * self.head_dim * self.kv_element_size)
+
+    @property
+    def kv_element_size(self) -> float:
+        """Bytes of one number of a key or a value."""
+        return self.dtype_bytes if self.kv_element_bytes is None else self.kv_element_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +120,8 @@ def from_profile(name: str, model: ModelShape, device: str, profile: Profile) ->
             "context_token_s": zero,
             "pair_s": zero,
             "saturation_tokens": PAPER,
-            "kv_token_bytes": "2 * layers * KV heads * head size * bytes of each, from the model's configuration",
+            "kv_token_bytes": f"2 * layers * KV heads * head size * {model.kv_element_size:g} bytes, from the model's"
+            " configuration",
             "swap_out_latency_s": "0: the published budget has none",
             "swap_out_token_s": swap,
             "swap_in_latency_s": "0: the published budget has none",
@@ -173,7 +178,8 @@ def from_roofline(name: str, model: ModelShape, device: DeviceSheet, num_devices
             "pair_s": f"4 * layers * heads * head size operations; {sheet}; {reaches}",
             "saturation_tokens": f"{PAPER}: 384 for both models that it gives, taken over; the roofline alone bends at"
             f" {model.weight_bytes / bandwidth / (2 * model.num_params / flops):.0f}",
-            "kv_token_bytes": "2 * layers * KV heads * head size * bytes of each, from the model's configuration",
+            "kv_token_bytes": f"2 * layers * KV heads * head size * {model.kv_element_size:g} bytes, from the model's"
+            " configuration",
             "swap_out_latency_s": "assumed",
             "swap_out_token_s": link,
             "swap_in_latency_s": "assumed",
