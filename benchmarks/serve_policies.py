@@ -1,10 +1,10 @@
-"""Two servers of the same model side by side, one under each policy, in one run: what does a tool's pause cost?
+"""Servers of the same model side by side, one under each policy, in one run: what does a tool's pause cost?
 
     python benchmarks/serve_policies.py --context 230 [--rounds 4] [--out FILE.json]
     python benchmarks/serve_policies.py --model llama --context 2200
 
 24 conversations of 6 turns with pauses before every turn, against `jaxcept serve` under `prefix-lru` (an engine of
-today) and under `min-waste`, in turns. The KV pool is so small that the contexts need --oversubscribed times its
+today), `prefix-lru-offload` (one with a tier of host memory) and `min-waste`, in turns. The KV pool is so small that the contexts need --oversubscribed times its
 blocks. Tokens are the same; what differs is how many are computed again, and how long the first token after a pause
 takes. The shipped model calls a calculator in each turn and costs next to nothing to compute; `--model llama` has 4
 layers of width 512, drawn at random; each of its turns is a call of a search, as its grammar makes it be, and what the
@@ -93,11 +93,12 @@ def serve(
 ) -> tuple[subprocess.Popen[bytes], str]:
     """A server under one policy, ready."""
     port = free_port()
+    name, _, head_start = policy.partition("@")
     command = [
-        sys.executable, "-m", "jaxcept_serve.cli", "serve", *model, "--port", str(port), "--intercept-policy", policy,
+        sys.executable, "-m", "jaxcept_serve.cli", "serve", *model, "--port", str(port), "--intercept-policy", name,
         "--num-gpu-blocks-override", str(num_blocks), "--max-model-len", str(max(1024, 2 * args.context)),
         "--max-num-seqs", "16", "--host-pool-gb", str(args.host_pool_gb), "--tools", "none",
-        "--uvicorn-log-level", "warning", *args.serve,
+        "--uvicorn-log-level", "warning", *(["--return-head-start", head_start] if head_start else []), *args.serve,
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
@@ -138,7 +139,12 @@ def replay(urls: dict[str, str], args: argparse.Namespace, rounds: int, out: Pat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policies", nargs="+", default=["prefix-lru", "min-waste"])
+    parser.add_argument(
+        "--policies",
+        nargs="+",
+        default=["prefix-lru", "prefix-lru-offload", "min-waste"],
+        help="policies; min-waste@10 is min-waste with --return-head-start 10 (default: %(default)s)",
+    )
     parser.add_argument("--model", choices=["shipped", "llama"], default="shipped")
     parser.add_argument("--words-first", type=int, default=400, help="of llama's prompts (default: %(default)s)")
     parser.add_argument("--words-later", type=int, default=120, help="of its later messages (default: %(default)s)")

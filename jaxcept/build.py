@@ -121,6 +121,7 @@ def build_engine(config: EngineConfig, runner: DeviceRunner, costs: RefinedCosts
         vocab_size=runner.model.config.vocab_size,
         enable_prefix_caching=config.enable_prefix_caching,
         num_host_blocks=sizes.num_host_blocks,
+        return_head_start_s=config.return_head_start_s,
     )
     scheduler = Scheduler(
         limits,

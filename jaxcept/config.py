@@ -60,9 +60,10 @@ class EngineConfig:
     kernels) or "pallas" (a GPU's; a CPU interprets them, for tests). tool_call_parser: "auto" reads it off the chat
     template. compilation_cache: folder of XLA's persistent cache; "" is none. intercept_policy: where contexts wait for
     their tools. host_pool_gb: GiB of pinned host memory where contexts may wait; None is 4 on a GPU and as much as the
-    KV pool on a CPU, as far as the policy uses it. queue_order: who is served first. duration_estimator: how long a
-    tool will still take. cost_model: a file of `jaxcept profile`; without one the engine measures itself once, for some
-    seconds, and remembers. tensor_parallel_size: devices that share every layer, and the KV pool by its heads.
+    KV pool on a CPU, as far as the policy uses it. queue_order: who is served first. return_head_start_s: what a
+    tool's return is ahead of newcomers at most, seconds; None is the policy's (30 for min-waste). duration_estimator:
+    how long a tool will still take. cost_model: a file of `jaxcept profile`; without one the engine measures itself
+    once, for some seconds, and remembers. tensor_parallel_size: devices that share every layer, and the KV pool by its heads.
     data_parallel_size: groups of as many devices that share the tokens of every step; each has the whole pool, so that
     this shortens steps and makes room for no more contexts. hosts: where these devices belong to several machines.
     """
@@ -82,6 +83,7 @@ class EngineConfig:
     intercept_policy: str = "min-waste"
     host_pool_gb: float | None = None
     queue_order: str = "fcfs"
+    return_head_start_s: float | None = None
     duration_estimator: str = "survival"
     cost_model: str | Path | None = None
     chat_template: str | None = None
@@ -105,6 +107,8 @@ class EngineConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}")
         if self.host_pool_gb is not None and not 0 <= self.host_pool_gb < math.inf:
             raise ValueError(f"host_pool_gb={self.host_pool_gb}: expected GiB of host memory, 0 or more")
+        if self.return_head_start_s is not None and not self.return_head_start_s >= 0:
+            raise ValueError(f"return_head_start_s={self.return_head_start_s}: expected seconds, 0 or more")
         if not 0 < self.memory_utilization <= 1:
             raise ValueError(f"memory_utilization={self.memory_utilization}: expected above 0, at most 1")
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks"):

@@ -1,6 +1,5 @@
 """The Pallas kernels: tiles of several sizes, and lowered for CUDA without a GPU."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -8,11 +8,13 @@ from jaxcept.scheduler.events import Finished, Intercepted, Resumed, Returned, T
 from jaxcept.scheduler.interception import Outcome, Residency
 from jaxcept.scheduler.params import InterceptParams, OnToolFailure
 from jaxcept.scheduler.plan import ChunkKind
+from jaxcept.scheduler.policies.catalog import make_policy
 from jaxcept.scheduler.policies.discard import Discard
 from jaxcept.scheduler.policies.preserve import Preserve
 from jaxcept.scheduler.policy import BatchView, InterceptedView, Placement
 from jaxcept.scheduler.request import Request
 from jaxcept.scheduler.scheduler import StateError
+from tests.costs import HAND
 from tests.fakes import FakeWatcher, Rig, next_token, scripted
 
 PROMPT = tuple(range(10, 16))
@@ -155,6 +157,35 @@ def test_who_returns_queues_by_the_original_arrival():
     rig.engine.resume(first, ANSWER)
     rig.run()
     assert [event.seq_id for event in rig.told(Finished)] == [first, second, third]
+
+
+@pytest.mark.parametrize(("head_start_s", "goes_first"), [(None, "old"), (6.0, "old"), (4.0, "new"), (0.0, "new")])
+def test_a_return_is_ahead_of_newcomers_by_its_head_start_at_most(head_start_s: float | None, goes_first: str):
+    rig = Rig(Discard(), max_num_seqs=1, return_head_start_s=head_start_s)
+    old = rig.add("old", PROMPT, scripted(1), max_tokens=2)
+    until_intercepted(rig)
+    rig.add("busy", PROMPT, max_tokens=9)
+    rig.step()
+    rig.clock.advance(100.0)
+    rig.add("new", PROMPT, max_tokens=2)
+    rig.clock.advance(5.0)
+    rig.engine.resume(old, ANSWER)
+    rig.run()
+    assert [event.request_id for event in rig.told(Finished)][:2] == ["busy", goes_first]
+
+
+def test_a_policy_whose_returns_are_newcomers_gives_no_head_start():
+    rig = Rig(make_policy("prefix-lru", HAND), max_num_seqs=1, return_head_start_s=60.0)
+    old = rig.add("old", PROMPT, scripted(1), max_tokens=2)
+    until_intercepted(rig)
+    rig.add("busy", PROMPT, max_tokens=9)
+    rig.step()
+    rig.clock.advance(1.0)
+    rig.add("new", PROMPT, max_tokens=2)
+    rig.clock.advance(1.0)
+    rig.engine.resume(old, ANSWER)
+    rig.run()
+    assert [event.request_id for event in rig.told(Finished)] == ["busy", "new", "old"]
 
 
 @pytest.mark.parametrize("depth", [0, 1])

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 
 import pytest
 
@@ -145,11 +146,12 @@ def test_policies_that_do_not_look_at_the_time(name: str, placement: Placement):
 
 def test_traits_are_those_of_the_table():
     traits = {name: make_policy(name, HAND).traits for name in POLICIES}
-    assert {name for name in POLICIES if traits[name].requeues_at_tail} == {
+    assert {name for name in POLICIES if traits[name].head_start_s == 0} == {
         "discard",
         "prefix-lru",
         "prefix-lru-offload",
     }
+    assert {name for name in POLICIES if traits[name].head_start_s not in (0, inf)} == {"min-waste"}
     assert {name for name in POLICIES if traits[name].waits_for_swaps} == {"swap"}
     assert {name for name in POLICIES if traits[name].host is HostUse.CACHE} == {"prefix-lru-offload"}
     assert not any(traits[name].prefix_caching for name in (*ABLATION, "swap"))

@@ -88,7 +88,7 @@ class DiscardToTail(Discard):
     """An engine of 2023: a returned sequence queues at the tail."""
 
     def __init__(self) -> None:
-        super().__init__("discard-to-tail", Traits(host=HostUse.NONE, prefix_caching=False, requeues_at_tail=True))
+        super().__init__("discard-to-tail", Traits(host=HostUse.NONE, prefix_caching=False, head_start_s=0.0))
 
 
 _POLICIES = (Preserve, Discard, KeepSome, SwapAll, Mixture, Offload, DiscardToTail)

@@ -6,6 +6,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterable
 from heapq import heappop, heappush
+from math import inf
 
 from jaxcept.scheduler.book import Book
 from jaxcept.scheduler.border import StateError
@@ -36,13 +37,13 @@ class Lifecycle:
         swaps: Swaps,
         flights: Iterable[Flight],
         estimator: DurationEstimator,
-        requeues_at_tail: bool = False,
+        head_start_s: float = inf,
     ) -> None:
         self._config = book.config
         self._book = book
         self._memory = memory
         self._swaps = swaps
-        self._requeues_at_tail = requeues_at_tail
+        self._head_start_s = head_start_s
         self._flights = flights
         self._estimator = estimator
         self._deadlines: list[tuple[float, int]] = []  # a heap of (time, seq_id)
@@ -173,9 +174,7 @@ class Lifecycle:
             return
         seq.is_open = is_open
         seq.rearm(self._config.max_len)
-        if self._requeues_at_tail:
-            seq.key = (seq.request.rank(now), seq.seq_id)
-        self._book.wait(seq, now)
+        self._queue(seq, now)
 
     def await_more(self, seq: Sequence, now: float) -> None:
         """An open sequence has computed all that is known: INTERCEPTED; the token that its step drew is dropped."""
@@ -199,10 +198,14 @@ class Lifecycle:
         opened.index, opened.ended_at, opened.outcome = 0, now, Outcome.RETURNED
         self._book.hand_over(seq, family)
         seq.serve(family, watcher, now, self._config.max_len)
-        seq.key = (family.request.rank(now if self._requeues_at_tail else seq.arrival), seq.seq_id)
-        self._book.wait(seq, now)
+        self._queue(seq, now)
         self.begin(seq, now)
         return ended
+
+    def _queue(self, seq: Sequence, now: float) -> None:
+        arrival = max(seq.arrival, now - self._head_start_s)
+        seq.key = (seq.request.rank(arrival), seq.seq_id)
+        self._book.wait(seq, now)
 
     def fail(self, seq: Sequence, outcome: Outcome, reason: FinishReason, now: float) -> None:
         """An INTERCEPTED sequence whose tool failed: by its on_failure the model is told, or the sequence ends."""

@@ -1,10 +1,10 @@
 """One step: who computes what, under the token budget, in the memory there is.
 
-Order and progress. Running sequences are served by (arrival, seq_id), which never changes, interceptions included
-(but for policies that queue a return at the tail, where the return is the arrival). The waiting are admitted by rank,
-then arrival. When memory is short, whoever arrived last among those that hold blocks yields: a RUNNING sequence is
-preempted, an idle context (INTERCEPTED, or WAITING after its return) gives up blocks from its tail. So nothing
-deadlocks and nobody starves:
+Order and progress. Running sequences are served by (arrival, seq_id), which an interception does not change (but for a
+return that is further ahead of newcomers than the policy's head start allows; its arrival is later then). The waiting
+are admitted by rank, then arrival. When memory is short, whoever arrived last among those that hold blocks yields: a
+RUNNING sequence is preempted, an idle context (INTERCEPTED, or WAITING after its return) gives up blocks from its tail.
+So nothing deadlocks and nobody starves:
 
 - Take the earliest sequence that is not INTERCEPTED. If RUNNING it never yields for memory, for all other holders
   are later; where it is the only one left running, idle contexts of any arrival yield to it; alone it fits, for no

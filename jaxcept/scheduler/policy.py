@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from math import inf
 from typing import NamedTuple, Protocol
 
 from jaxcept.scheduler.interception import Interception
@@ -68,7 +69,7 @@ class Traits:
 
     host: HostUse = HostUse.CONTEXTS
     prefix_caching: bool = True  # False: never, whatever the configuration says
-    requeues_at_tail: bool = False  # a returned sequence queues as if it had arrived then
+    head_start_s: float = inf  # a return queues by its original arrival, but as if that had been so long ago at most
     recompute_tokens: int | None = None  # most query tokens of a step that recomputes or takes returned tokens in
     swaps_partial_blocks: bool = True  # False: a block that is partly filled is recomputed where full ones are cached
     waits_for_swaps: bool = False  # the device stands still while blocks move

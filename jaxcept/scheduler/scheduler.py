@@ -60,9 +60,10 @@ class Scheduler:
         self.swaps = Swaps(self._book, self.memory, host, traits)
         self._flights: deque[Flight] = deque()
         self._planner = Planner(self._book, self.memory, self.swaps, policy)
-        self._lifecycle = Lifecycle(
-            self._book, self.memory, self.swaps, self._flights, self._estimator, traits.requeues_at_tail
-        )
+        head_start_s = traits.head_start_s
+        if head_start_s and config.return_head_start_s is not None:
+            head_start_s = config.return_head_start_s
+        self._lifecycle = Lifecycle(self._book, self.memory, self.swaps, self._flights, self._estimator, head_start_s)
         self._next_seq_id = 0
         self._next_step_id = 0
 

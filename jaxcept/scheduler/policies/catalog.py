@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 
 from jaxcept.scheduler.costs import Costs
 from jaxcept.scheduler.policies.discard import Discard
@@ -19,7 +20,7 @@ NO_HOST = HostUse.NONE
 # recompute in chunks, swaps behind the steps and a held short call are the steps of InferCept's ablation.
 _FACTORIES: dict[str, Callable[[Costs, int], Policy]] = {
     "discard": lambda costs, block_size: Discard(
-        "discard", Traits(host=NO_HOST, prefix_caching=False, requeues_at_tail=True)
+        "discard", Traits(host=NO_HOST, prefix_caching=False, head_start_s=0.0)
     ),
     "discard-ordered": lambda costs, block_size: Discard("discard-ordered", Traits(host=NO_HOST, prefix_caching=False)),
     "chunked": lambda costs, block_size: Discard(
@@ -28,13 +29,13 @@ _FACTORIES: dict[str, Callable[[Costs, int], Policy]] = {
     "budgeted-swap": lambda costs, block_size: BudgetedSwap(costs),
     "heuristic": lambda costs, block_size: Heuristic(costs),
     "min-waste-paper": lambda costs, block_size: MinWaste(
-        costs, name="min-waste-paper", prefix_caching=False, spares=False, saturates=True
+        costs, name="min-waste-paper", prefix_caching=False, spares=False, saturates=True, head_start_s=inf
     ),
     "preserve": lambda costs, block_size: Preserve(),
     "swap": lambda costs, block_size: Swap(),
-    "prefix-lru": lambda costs, block_size: Discard("prefix-lru", Traits(host=NO_HOST, requeues_at_tail=True)),
+    "prefix-lru": lambda costs, block_size: Discard("prefix-lru", Traits(host=NO_HOST, head_start_s=0.0)),
     "prefix-lru-offload": lambda costs, block_size: Discard(
-        "prefix-lru-offload", Traits(host=HostUse.CACHE, requeues_at_tail=True)
+        "prefix-lru-offload", Traits(host=HostUse.CACHE, head_start_s=0.0)
     ),
     "ttl": lambda costs, block_size: Ttl(costs),
     "min-waste": MinWaste,

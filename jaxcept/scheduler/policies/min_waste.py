@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxcept.scheduler.costs import Costs
+from jaxcept.scheduler.orders import STARVATION_S
 from jaxcept.scheduler.policies.base import PolicyBase, blocks_to_swap, hidden_blocks, swappable_blocks
 from jaxcept.scheduler.policy import BatchView, InterceptedView, Placement, Traits
 from jaxcept.scheduler.waste import chunked_discard_waste, num_chunks, preserve_waste
@@ -21,10 +22,11 @@ class MinWaste(PolicyBase):
 
     With the prefix cache, what went out stays findable on the device until its block is needed, so that an early swap
     costs a tool that is back soon nothing. A block that is partly filled has no name in the cache; it is recomputed
-    where that adds little to a step, as on a GPU, and swapped where every token counts, as on a CPU. Two departures
+    where that adds little to a step, as on a GPU, and swapped where every token counts, as on a CPU. Three departures
     from the paper can be turned off: while nobody waits for memory, giving up frees what nobody wants, so contexts are
-    held (`spares`); and what is recomputed or returned takes the step's whole token budget rather than S - decodes
-    tokens (`saturates`).
+    held (`spares`); what is recomputed or returned takes the step's whole token budget rather than S - decodes
+    tokens (`saturates`); and a return goes before those who have come since its arrival by `head_start_s` at most, so
+    that conversations which never end do not keep others out.
     """
 
     def __init__(
@@ -36,12 +38,18 @@ class MinWaste(PolicyBase):
         prefix_caching: bool = True,
         spares: bool = True,
         saturates: bool = False,
+        head_start_s: float = STARVATION_S,
     ) -> None:
         limit = costs.saturation_tokens if saturates else None
         extra_s = costs.forward_s(block_size) - costs.forward_s(1)
         is_costly = extra_s > COSTLY_SHARE * costs.forward_s(1)
         swaps_partial = is_costly or not prefix_caching
-        traits = Traits(prefix_caching=prefix_caching, recompute_tokens=limit, swaps_partial_blocks=swaps_partial)
+        traits = Traits(
+            prefix_caching=prefix_caching,
+            recompute_tokens=limit,
+            swaps_partial_blocks=swaps_partial,
+            head_start_s=head_start_s,
+        )
         super().__init__(name, traits)
         self.costs = costs
         self.spares = spares
