@@ -4,11 +4,11 @@
     python benchmarks/serve_policies.py --model llama --context 2200
 
 24 conversations of 6 turns with pauses before every turn, against `jaxcept serve` under `prefix-lru` (an engine of
-today), `prefix-lru-offload` (one with a tier of host memory) and `min-waste`, in turns. The KV pool is so small that the contexts need --oversubscribed times its
-blocks. Tokens are the same; what differs is how many are computed again, and how long the first token after a pause
-takes. The shipped model calls a calculator in each turn and costs next to nothing to compute; `--model llama` has 4
-layers of width 512, drawn at random; each of its turns is a call of a search, as its grammar makes it be, and what the
-search answers is long.
+today), `prefix-lru-offload` (one with a tier of host memory) and `min-waste`, in turns. The KV pool is so small that
+the contexts need --oversubscribed times its blocks. Tokens are the same; what differs is how many are computed again,
+and how long the first token after a pause takes. The shipped model calls a calculator in each turn and costs next to
+nothing to compute; `--model llama` has 4 layers of width 512, drawn at random; each of its turns is a call of a search,
+as its grammar makes it be, and what the search answers is long.
 """
 
 from __future__ import annotations

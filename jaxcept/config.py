@@ -63,9 +63,10 @@ class EngineConfig:
     KV pool on a CPU, as far as the policy uses it. queue_order: who is served first. return_head_start_s: what a
     tool's return is ahead of newcomers at most, seconds; None is the policy's (30 for min-waste). duration_estimator:
     how long a tool will still take. cost_model: a file of `jaxcept profile`; without one the engine measures itself
-    once, for some seconds, and remembers. tensor_parallel_size: devices that share every layer, and the KV pool by its heads.
-    data_parallel_size: groups of as many devices that share the tokens of every step; each has the whole pool, so that
-    this shortens steps and makes room for no more contexts. hosts: where these devices belong to several machines.
+    once, for some seconds, and remembers. tensor_parallel_size: devices that share every layer, and the KV pool by its
+    heads. data_parallel_size: groups of as many devices that share the tokens of every step; each has the whole pool,
+    so that this shortens steps and makes room for no more contexts. hosts: where these devices belong to several
+    machines.
     """
 
     model: str | Path | None = None
