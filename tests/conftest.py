@@ -10,6 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads spin: beside other processes that takes minutes
 
 import jax
+import pytest
+from costs import SLOW
 from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -21,3 +23,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 settings.register_profile("jaxcept", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("jaxcept")
+
+
+@pytest.fixture(scope="session")
+def slow_costs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cost model's file. What an engine measures on a busy machine may be anything, and its policy goes by it."""
+    path = tmp_path_factory.mktemp("costs") / "costs.json"
+    SLOW.save(path)
+    return path

@@ -17,13 +17,13 @@ QUESTION = "What is 37 * 91?"
 
 
 @pytest.fixture(scope="module")
-def llm():
-    return LLM(progress=False, **SIZES)
+def llm(slow_costs):
+    return LLM(progress=False, **SIZES, cost_model=slow_costs)
 
 
 @pytest.fixture(scope="module")
-def async_llm():
-    made = AsyncLLM(**SIZES)
+def async_llm(slow_costs):
+    made = AsyncLLM(**SIZES, cost_model=slow_costs)
     yield made
     made.close()
 
@@ -242,8 +242,8 @@ def test_the_last_step_of_a_request_is_not_charged_with_the_idle_time_behind_it(
     assert engine.metrics()["busy_s"] == before
 
 
-def test_whoever_waits_is_told_that_the_engine_was_closed():
-    made = AsyncLLM(**SIZES)
+def test_whoever_waits_is_told_that_the_engine_was_closed(slow_costs):
+    made = AsyncLLM(**SIZES, cost_model=slow_costs)
     params = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
     hold = InterceptOptions(token_ids=tuple(range(made.session.tokenizer.vocab_size)), timeout_s=60)
 

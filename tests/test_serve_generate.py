@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
@@ -21,8 +22,8 @@ PROMPT = "The number is"
 
 
 @pytest.fixture(scope="module")
-def llm():
-    made = AsyncLLM(max_model_len=256, max_num_seqs=4, num_blocks=64, max_num_batched_tokens=64)
+def llm(slow_costs: Path):
+    made = AsyncLLM(max_model_len=256, max_num_seqs=4, num_blocks=64, max_num_batched_tokens=64, cost_model=slow_costs)
     yield made
     made.close()
 

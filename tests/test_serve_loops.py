@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import anthropic
 import openai
 import pytest
 from asgi_clients import anthropic_async, gone_after, openai_async, run
-from costs import SLOW
 from starlette.applications import Starlette
 
 from jaxcept import AsyncLLM
@@ -34,10 +34,8 @@ MOST_NEW = 48  # tokens of a question, an answer of a tool and what the template
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AsyncLLM]:
-    costs = tmp_path_factory.mktemp("costs") / "costs.json"
-    SLOW.save(costs)
-    made = AsyncLLM(**SIZES, cost_model=costs)
+def llm(slow_costs: Path) -> Iterator[AsyncLLM]:
+    made = AsyncLLM(**SIZES, cost_model=slow_costs)
     yield made
     made.close()
 

@@ -7,10 +7,10 @@ import json
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from costs import SLOW
 
 from jaxcept import AsyncLLM, SamplingParams, tool
 from jaxcept.scheduler.params import StructuredOutput
@@ -43,10 +43,9 @@ LOOKUP = {"type": "function", "function": {"name": "lookup", "description": "", 
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AsyncLLM]:
-    costs = tmp_path_factory.mktemp("costs") / "costs.json"
-    SLOW.save(costs)
-    made = AsyncLLM(max_model_len=1024, max_num_seqs=8, num_blocks=512, max_num_batched_tokens=128, cost_model=costs)
+def llm(slow_costs: Path) -> Iterator[AsyncLLM]:
+    sizes = {"max_model_len": 1024, "max_num_seqs": 8, "num_blocks": 512, "max_num_batched_tokens": 128}
+    made = AsyncLLM(**sizes, cost_model=slow_costs)
     yield made
     made.close()
 

@@ -20,8 +20,8 @@ GIVEN = {"type": "function", "function": {"name": "weather", "description": "Wea
 
 
 @pytest.fixture(scope="module")
-def llm():
-    made = LLM(progress=False, **SIZES)
+def llm(slow_costs):
+    made = LLM(progress=False, **SIZES, cost_model=slow_costs)
     made.compiled_at_start = made.session.engine.runner.compiles.count
     yield made
     assert made.session.engine.runner.compiles.count == made.compiled_at_start, "a request made it compile"
