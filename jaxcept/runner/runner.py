@@ -158,7 +158,7 @@ class DeviceRunner:
         `meet` waits until the other hosts have compiled too: what runs on all devices waits for them only so long.
         """
         jobs = list(self.lowerings())
-        # A CPU's code is made on all cores anyway, and written to the cache beside another compilation it crashed once.
+        # On a CPU, XLA shares one program's compilation among all cores: more threads are no faster there.
         num_threads = 1 if jax.default_backend() == "cpu" else os.cpu_count() or 1
         with ThreadPoolExecutor(num_threads) as threads:
             # Lowered here, one after the other, as tracing holds the interpreter's lock; compiling does not.

@@ -149,7 +149,7 @@ class Lifecycle:
     def give_back(
         self, seq: Sequence, token_ids: tuple[int, ...], outcome: Outcome, now: float, is_open: bool = False
     ) -> None:
-        """INTERCEPTED → WAITING with these ids appended, at the place of the original arrival.
+        """INTERCEPTED → WAITING with these ids appended, queued by the original arrival (`_queue`).
 
         `is_open` says that more is to come: the ids are computed, then the sequence is intercepted again.
         """
@@ -203,6 +203,7 @@ class Lifecycle:
         return ended
 
     def _queue(self, seq: Sequence, now: float) -> None:
+        """Waits by its original arrival, or by that of `head_start_s` ago where it is later."""
         arrival = max(seq.arrival, now - self._head_start_s)
         seq.key = (seq.request.rank(arrival), seq.seq_id)
         self._book.wait(seq, now)

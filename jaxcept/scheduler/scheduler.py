@@ -95,7 +95,7 @@ class Scheduler:
         """A request that goes on with the context of an intercepted sequence, which leaves its own request.
 
         The new prompt must begin with all ids that the sequence has. Returns the seq_id, which stays, and how the
-        earlier request ended, of which no event is told. The place in the queue is that of the original arrival. Raises
+        earlier request ended, of which no event is told. The place in the queue is that of a tool's return. Raises
         StateError where nothing is intercepted, ValueError where the request cannot go on from there; nothing has
         changed then.
         """
