@@ -11,28 +11,14 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import time
 
 import httpx2
 from rich.console import Console
-from soak import free_port
+from servers import start_server
 
 KEY = "a-key-for-this-run"
 CHECKS = "not_a_server_error,content_type_conformance,response_schema_conformance,ignored_auth"
 GOOD = {"messages": [{"role": "user", "content": "What is 37 * 91?"}], "max_tokens": 100, "temperature": 0}
-
-
-def start(url: str, port: int) -> subprocess.Popen[bytes]:
-    """The server, ready."""
-    command = [sys.executable, "-m", "jaxcept_serve.cli", "serve", "--port", str(port), "--api-key", f"check={KEY}"]
-    process = subprocess.Popen([*command, "--uvicorn-log-level", "error"], stderr=subprocess.DEVNULL)
-    while process.poll() is None:
-        try:
-            if httpx2.get(f"{url}/ready").status_code == 200:
-                return process
-        except httpx2.TransportError:
-            time.sleep(0.2)
-    raise SystemExit(f"the server did not start: exit status {process.returncode}")
 
 
 def answer(url: str) -> str:
@@ -48,9 +34,8 @@ def main() -> int:
     parser.add_argument("--max-examples", type=int, default=50, help="of each operation and phase")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    process = start(url, port)
+    flags = ["--api-key", f"check={KEY}", "--uvicorn-log-level", "error"]
+    process, url = start_server(flags, stderr=subprocess.DEVNULL)
     try:
         before = answer(url)
         status = subprocess.run(

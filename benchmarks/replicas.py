@@ -17,7 +17,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+from servers import free_port
 
 CALCULATOR = {
     "type": "function",
@@ -179,11 +179,6 @@ def kill_engine(server: int, name: str) -> int:
             os.kill(pid, signal.SIGKILL)
             return pid
     raise RuntimeError(f"no process of {name}")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def wait_until_ready(url: str, server: subprocess.Popen[Any], log: Path, timeout_s: float) -> None:

@@ -13,16 +13,14 @@ import argparse
 import asyncio
 import json
 import random
-import socket
-import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
 from rich.console import Console
+from servers import start_server
 
 from jaxcept.tools.builtin import calculator
 from jaxcept.tools.definition import tool
@@ -94,23 +92,6 @@ async def run(url: str, args: argparse.Namespace) -> Tally:
     return tally
 
 
-def serve(flags: list[str]) -> tuple[subprocess.Popen[bytes], str]:
-    """A server, ready."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "jaxcept_serve.cli", "serve", "--port", str(port), "--tools", "none"]
-    process = subprocess.Popen([*command, "--uvicorn-log-level", "warning", "--max-model-len", "2048", *flags])
-    url = f"http://127.0.0.1:{port}"
-    while process.poll() is None:
-        try:
-            if httpx2.get(f"{url}/ready").status_code == 200:
-                return process, url
-        except httpx2.TransportError:
-            time.sleep(0.2)
-    raise SystemExit(f"the server did not start: exit status {process.returncode}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--conversations", type=int, default=100)
@@ -120,7 +101,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("serve", nargs="*", help="flags of jaxcept serve, after --")
     args = parser.parse_args()
-    process, url = serve(args.serve)
+    flags = ["--tools", "none", "--uvicorn-log-level", "warning", "--max-model-len", "2048", *args.serve]
+    process, url = start_server(flags)
     try:
         tally = asyncio.run(run(url, args))
     finally:

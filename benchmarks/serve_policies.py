@@ -19,11 +19,9 @@ import math
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
@@ -33,6 +31,7 @@ import httpx2
 import jax
 from rich.console import Console
 from rich.table import Table
+from servers import start_server
 
 from jaxcept.config import shipped_model
 
@@ -66,12 +65,6 @@ SEARCH = {  # each turn is one call: the next message answers it
 }
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def write_llama(folder: Path) -> Path:
     """The configuration of a larger model, with the shipped one's tokenizer: its weights are drawn at load."""
     shipped = shipped_model()
@@ -92,24 +85,14 @@ def serve(
     policy: str, num_blocks: int, model: list[str], args: argparse.Namespace
 ) -> tuple[subprocess.Popen[bytes], str]:
     """A server under one policy, ready."""
-    port = free_port()
     name, _, head_start = policy.partition("@")
-    command = [
-        sys.executable, "-m", "jaxcept_serve.cli", "serve", *model, "--port", str(port), "--intercept-policy", name,
-        "--num-gpu-blocks-override", str(num_blocks), "--max-model-len", str(max(1024, 2 * args.context)),
-        "--max-num-seqs", "16", "--host-pool-gb", str(args.host_pool_gb), "--tools", "none",
-        "--uvicorn-log-level", "warning", *(["--return-head-start", head_start] if head_start else []), *args.serve,
+    flags = [
+        *model, "--intercept-policy", name, "--num-gpu-blocks-override", str(num_blocks),
+        "--max-model-len", str(max(1024, 2 * args.context)), "--max-num-seqs", "16",
+        "--host-pool-gb", str(args.host_pool_gb), "--tools", "none", "--uvicorn-log-level", "warning",
+        *(["--return-head-start", head_start] if head_start else []), *args.serve,
     ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    while True:
-        try:
-            if httpx2.get(f"{url}/ready").status_code == 200:
-                return process, url
-        except httpx2.TransportError:
-            time.sleep(0.2)
-        if process.poll() is not None:
-            raise SystemExit(f"the server under {policy} did not start: exit status {process.returncode}")
+    return start_server(flags, stderr=subprocess.DEVNULL)
 
 
 def figures(url: str) -> dict[str, float]:

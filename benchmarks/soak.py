@@ -18,7 +18,6 @@ import random
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from typing import Any
 
 import httpx2
 from rich.console import Console
+from servers import free_port
 
 TOOLS = '''
 import os, time
@@ -265,12 +265,6 @@ def verdict(tally: Tally, readings: list[Reading], status: int) -> list[str]:
     if status:
         wrong.append(f"the server's exit status is {status}")
     return wrong
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def ready(url: str, process: subprocess.Popen[bytes]) -> None:
