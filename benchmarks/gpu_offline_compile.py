@@ -43,7 +43,7 @@ from jaxcept.runner.swapper import ARITIES
 from jaxcept_kernels.attention import Implementation
 from jaxcept_kernels.layout import KVLayout
 from jaxcept_models.config import ModelConfig
-from jaxcept_models.model import Model, outline_model
+from jaxcept_models.model import Model, find_kv_dtype, outline_model
 from jaxcept_models.shapes import SHAPES
 from jaxcept_models.sharding import make_mesh
 
@@ -63,7 +63,7 @@ class Served(NamedTuple):
     shape: str
     num_devices: int
     implementations: tuple[Implementation, ...]
-    kv_cache_dtype: str | None = None
+    kv_cache_dtype: str = "auto"
 
 
 BOTH = (Implementation.XLA, Implementation.PALLAS)
@@ -96,12 +96,15 @@ def make_devices(path: Path, count: int) -> Devices:
     return Devices(read_target(path.stem, text), make_mesh(count, devices=topology.devices))
 
 
-def make_model(config: ModelConfig, implementation: Implementation, devices: Devices) -> Model:
+def make_model(
+    config: ModelConfig, implementation: Implementation, devices: Devices, kv_cache_dtype: str = "auto"
+) -> Model:
     """A bfloat16 model whose weights are shapes."""
-    dtype = jnp.dtype(jnp.bfloat16)
-    if devices.mesh.size > 1:
-        return outline_model(config, dtype, implementation, devices.mesh)
-    model = outline_model(config, dtype, implementation)
+    mesh = devices.mesh if devices.mesh.size > 1 else None
+    model = outline_model(config, jnp.dtype(jnp.bfloat16), implementation, mesh)
+    model = replace(model, kv_cache_dtype=find_kv_dtype(kv_cache_dtype))
+    if mesh is not None:
+        return model
     weights = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=devices.whole) for x in model.weights)
     return replace(model, weights=tuple(weights))  # type: ignore[arg-type]  # shapes in place of arrays
 
@@ -125,14 +128,11 @@ def programs_of(name: str, layers: int | None, implementation: Implementation, d
     """What serving this model runs, at its largest sizes: all with Pallas, a mixed step and the moves with XLA."""
     served = MODELS[name]
     config, told = SHAPES[served.shape], served.shape
-    dtype = None
-    if served.kv_cache_dtype is not None:
-        dtype, told = jnp.dtype(served.kv_cache_dtype), f"{told}, {served.kv_cache_dtype} KV"
-    whole = replace(make_model(config, implementation, devices), kv_cache_dtype=dtype)
-    num_blocks = blocks_that_fit(whole, devices)
-    part = make_model(replace(config, num_layers=layers or config.num_layers), implementation, devices)
-    model = replace(part, kv_cache_dtype=dtype)
-    runner = make_runner(model, num_blocks, devices)
+    if served.kv_cache_dtype != "auto":
+        told = f"{told}, {served.kv_cache_dtype} KV"
+    num_blocks = blocks_that_fit(make_model(config, implementation, devices, served.kv_cache_dtype), devices)
+    part = replace(config, num_layers=layers or config.num_layers)
+    runner = make_runner(make_model(part, implementation, devices, served.kv_cache_dtype), num_blocks, devices)
     wanted = {f"step {MAX_NUM_BATCHED_TOKENS}", "copy", *(f"swap {way} {max(ARITIES)}" for way in ("out", "in"))}
     if implementation is Implementation.PALLAS:
         variants = [f"sample {MAX_NUM_SEQS} {variant}" for variant in ("greedy", "full")]

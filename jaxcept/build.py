@@ -78,7 +78,7 @@ def build_session(config: EngineConfig, progress: Progress) -> Session:
 def build_runner(config: EngineConfig, progress: Progress) -> DeviceRunner:
     """The device's part: the model loaded, everything compiled, host memory pinned."""
     crew = assemble(config) if config.hosts is not None else None
-    model = _load(config, progress)
+    model = load_configured(config, progress)
     sizes = choose_sizes(config, model)
     runner = DeviceRunner(model, sizes) if crew is None else lead(crew, model, sizes)
     runner.warm_up(lambda done, total, what: progress(done, total, f"compiling: {what}"))
@@ -92,10 +92,11 @@ def obey_host(config: EngineConfig, progress: Progress, grace_s: float = 0.0) ->
     """
     crew = assemble(config)
     heed_sigterm(crew, grace_s)
-    follow(crew, lambda: _load(config, progress))
+    follow(crew, lambda: load_configured(config, progress))
 
 
-def _load(config: EngineConfig, progress: Progress) -> Model:
+def load_configured(config: EngineConfig, progress: Progress) -> Model:
+    """The model that a configuration names, on its devices. Errors as load_model."""
     sizes = config.tensor_parallel_size, config.data_parallel_size
     return load_model(
         config.folder,

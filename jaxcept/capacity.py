@@ -19,6 +19,7 @@ from jaxcept.simulator.rooflines import A100_40GB, A100_80GB, DeviceSheet, Model
 from jaxcept_kernels.attention import Implementation
 from jaxcept_models.config import ModelConfig, read_config
 from jaxcept_models.footprint import Footprint, num_params
+from jaxcept_models.model import find_kv_dtype
 from jaxcept_models.shapes import SHAPES
 from jaxcept_models.sharding import share
 
@@ -118,7 +119,7 @@ def plan_capacity(
         raise ValueError(f"data={data}: expected a divisor of the {count} devices")
     config = find_shape(model)
     parallel = share(config, count // data, data)
-    kv_dtype = None if kv_cache_dtype == "auto" else jnp.dtype(kv_cache_dtype)
+    kv_dtype = find_kv_dtype(kv_cache_dtype)
     footprint = Footprint(config, parallel, jnp.dtype(dtype), Implementation(implementation), kv_dtype)
     return make_plan(Path(model).name, footprint, sheet, sizes)
 

@@ -159,9 +159,20 @@ def test_who_returns_queues_by_the_original_arrival():
     assert [event.seq_id for event in rig.told(Finished)] == [first, second, third]
 
 
-@pytest.mark.parametrize(("head_start_s", "goes_first"), [(None, "old"), (6.0, "old"), (4.0, "new"), (0.0, "new")])
-def test_a_return_is_ahead_of_newcomers_by_its_head_start_at_most(head_start_s: float | None, goes_first: str):
-    rig = Rig(Discard(), max_num_seqs=1, return_head_start_s=head_start_s)
+@pytest.mark.parametrize(
+    ("policy", "head_start_s", "order"),
+    [
+        ("discard-ordered", None, ["busy", "old", "new"]),
+        ("discard-ordered", 6.0, ["busy", "old", "new"]),
+        ("discard-ordered", 4.0, ["busy", "new", "old"]),
+        ("discard-ordered", 0.0, ["busy", "new", "old"]),
+        ("prefix-lru", 60.0, ["busy", "new", "old"]),  # whose returns are newcomers, whatever the configuration says
+    ],
+)
+def test_a_return_is_ahead_of_newcomers_by_its_head_start_at_most(
+    policy: str, head_start_s: float | None, order: list[str]
+):
+    rig = Rig(make_policy(policy, HAND), max_num_seqs=1, return_head_start_s=head_start_s)
     old = rig.add("old", PROMPT, scripted(1), max_tokens=2)
     until_intercepted(rig)
     rig.add("busy", PROMPT, max_tokens=9)
@@ -171,21 +182,7 @@ def test_a_return_is_ahead_of_newcomers_by_its_head_start_at_most(head_start_s: 
     rig.clock.advance(5.0)
     rig.engine.resume(old, ANSWER)
     rig.run()
-    assert [event.request_id for event in rig.told(Finished)][:2] == ["busy", goes_first]
-
-
-def test_a_policy_whose_returns_are_newcomers_gives_no_head_start():
-    rig = Rig(make_policy("prefix-lru", HAND), max_num_seqs=1, return_head_start_s=60.0)
-    old = rig.add("old", PROMPT, scripted(1), max_tokens=2)
-    until_intercepted(rig)
-    rig.add("busy", PROMPT, max_tokens=9)
-    rig.step()
-    rig.clock.advance(1.0)
-    rig.add("new", PROMPT, max_tokens=2)
-    rig.clock.advance(1.0)
-    rig.engine.resume(old, ANSWER)
-    rig.run()
-    assert [event.request_id for event in rig.told(Finished)] == ["busy", "new", "old"]
+    assert [event.request_id for event in rig.told(Finished)] == order
 
 
 @pytest.mark.parametrize("depth", [0, 1])

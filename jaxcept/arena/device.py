@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from jaxcept.arena.cases import Sizes, Traffic
 from jaxcept.arena.parts import Parts, make_parts
-from jaxcept.build import choose_implementation, choose_sizes
+from jaxcept.build import choose_sizes, load_configured
 from jaxcept.clock import MonotonicClock
 from jaxcept.config import EngineConfig, use_compilation_cache
 from jaxcept.engine import Engine
@@ -23,7 +23,6 @@ from jaxcept.simulator.replay import Replay
 from jaxcept.simulator.report import Report, Slo, SwapSeconds, make_report
 from jaxcept.simulator.simulate import SimOptions, check_lengths, describe_run, simulate
 from jaxcept.simulator.workload import Job, Workload, make_request
-from jaxcept_models.model import Model, load_model
 
 Progress = Callable[[int, int, str], None]
 START_DELAY_S = 0.05
@@ -48,14 +47,7 @@ class Bench:
         use_compilation_cache(config.compilation_cache)
         self.costs = costs
         self._progress = progress
-        self._model: Model = load_model(
-            config.folder,
-            dtype=config.dtype,  # type: ignore[arg-type]  # load_model names the allowed values in its error
-            load_format=config.load_format,  # type: ignore[arg-type]
-            implementation=choose_implementation(config),
-            seed=config.seed,
-            kv_cache_dtype=config.kv_cache_dtype,  # type: ignore[arg-type]
-        )
+        self._model = load_configured(config, progress)
         given = {name: getattr(sizes, name) for name in sizes.__slots__ if getattr(sizes, name) is not None}
         num_host_blocks = given.pop("num_host_blocks", None)
         chosen = choose_sizes(replace(config, **given), self._model)

@@ -53,6 +53,11 @@ class KVLayout:
         per_layer = self.num_kv_heads * self.block_rows * self.head_dim * jnp.dtype(self.dtype).itemsize
         return 2 * self.num_layers * per_layer
 
+    def scale_place(self, offset: jax.Array, i: int) -> tuple[jax.Array, jax.Array]:
+        """Row and column, among a head's rows of a block, of byte i of the scale of the slot at this offset."""
+        element = (self.head_dim + i) * self.block_size + offset
+        return element // self.head_dim, element % self.head_dim
+
     def compute_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
         """What attention multiplies in, for queries of this dtype."""
         return jnp.dtype(dtype) if self.is_quantized else self.dtype

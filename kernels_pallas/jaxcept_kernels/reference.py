@@ -89,19 +89,13 @@ def write_kv_xla(
     in_range = (meta.slots >= 0) & (block < layout.num_blocks)
     row = jnp.where(in_range, layer * layout.num_blocks + block, layout.shape[0])
     offset = meta.slots % layout.block_size
-    if not layout.is_quantized:
-        return KVPool(
-            pool.k.at[row, :, offset, :].set(k.astype(pool.k.dtype), mode="drop"),
-            pool.v.at[row, :, offset, :].set(v.astype(pool.v.dtype), mode="drop"),
-        )
 
     def put(part: jax.Array, fresh: jax.Array) -> jax.Array:
-        quantized = quantize(fresh)
-        part = part.at[row, :, offset, :].set(quantized.values, mode="drop")
-        for i, scale_byte in enumerate((quantized.low, quantized.high)):
-            place = (layout.head_dim + i) * layout.block_size + offset  # elements from the head's first
-            at = (row, slice(None), place // layout.head_dim, place % layout.head_dim)
-            part = part.at[at].set(scale_byte, mode="drop")
+        values, *scale_bytes = quantize(fresh) if layout.is_quantized else (fresh.astype(part.dtype),)
+        part = part.at[row, :, offset, :].set(values, mode="drop")
+        for i, scale_byte in enumerate(scale_bytes):
+            place, column = layout.scale_place(offset, i)
+            part = part.at[row, :, place, column].set(scale_byte, mode="drop")
         return part
 
     return KVPool(put(pool.k, k), put(pool.v, v))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -154,8 +154,7 @@ def load_model(
     """
     if load_format not in ("auto", "dummy"):
         raise ValueError(f"load_format={load_format!r}: expected 'auto' or 'dummy'")
-    if kv_cache_dtype not in ("auto", "int8"):
-        raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r}: expected 'auto' or 'int8'")
+    kv_dtype = find_kv_dtype(kv_cache_dtype)
     chosen, config = _dtype(dtype), read_config(folder)
     model, variables = _outline(config, chosen, implementation, mesh)
     leaves = _leaves(model, variables)
@@ -166,7 +165,14 @@ def load_model(
         arrays = restore_arrays(folder, leaves, stored_parts(config), progress)
     else:
         arrays = load_safetensors(folder, leaves, progress)
-    return replace(model, weights=arrays, kv_cache_dtype=None if kv_cache_dtype == "auto" else jnp.dtype(jnp.int8))
+    return replace(model, weights=arrays, kv_cache_dtype=kv_dtype)
+
+
+def find_kv_dtype(name: str) -> jnp.dtype | None:
+    """A KV pool's dtype by its name, one of KVDType; None is that of the weights. ValueError for other names."""
+    if name not in get_args(KVDType):
+        raise ValueError(f"kv_cache_dtype={name!r}: expected one of {', '.join(get_args(KVDType))}")
+    return None if name == "auto" else jnp.dtype(name)
 
 
 def outline_model(

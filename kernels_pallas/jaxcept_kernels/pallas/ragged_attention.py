@@ -278,8 +278,7 @@ def load_slots(
         return values, 1.0
 
     def scale_byte(i: int) -> jax.Array:
-        place = (layout.head_dim + i) * layout.block_size + offset  # elements from the head's first
-        at = part.at[first + place // layout.head_dim, place % layout.head_dim]
-        return pltriton.load(at, mask=is_needed, other=0)
+        row, scale_column = layout.scale_place(offset, i)
+        return pltriton.load(part.at[first + row, scale_column], mask=is_needed, other=0)
 
     return values, scale_of(scale_byte(0), scale_byte(1))[None, :]

@@ -48,10 +48,10 @@ def write_kv_pallas(
             values = pltriton.load(source.at[token * heads + head, column], mask=mask, other=0)
             pltriton.store(target.at[first + slot % size, column], values, mask=mask)
             for i, scale_byte in enumerate(scale_bytes):
-                place = (dim + i) * size + slot % size  # elements from the head's first
+                row, byte_column = layout.scale_place(slot % size, i)
                 is_there = (head < heads) & is_live
                 byte = pltriton.load(scale_byte.at[token * heads + head], mask=is_there, other=0)
-                pltriton.store(target.at[first + place // dim, place % dim + 0 * head], byte, mask=is_there)
+                pltriton.store(target.at[first + row, byte_column + 0 * head], byte, mask=is_there)
 
     flat = tuple(part.reshape(-1, dim) for part in pool)
     operands = [x.reshape(-1, dim) if x.ndim == 3 else x.reshape(-1) for part in fresh for x in part]
