@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format bench check-gpu-offline check-clients check-openapi soak setup clean
+.PHONY: demo test lint format bench check-gpu check-gpu-offline check-clients check-openapi soak setup clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -22,6 +22,10 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/throughput.py
+
+check-gpu: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[serve,dev,cuda12]"
+	$(BIN)/python benchmarks/check_gpu.py
 
 check-gpu-offline:
 	$(PYTHON) benchmarks/check_gpu_offline.py
