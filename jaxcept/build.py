@@ -19,6 +19,7 @@ from jaxcept.config import (
     default_max_num_batched_tokens,
     default_max_num_seqs,
     on_cpu,
+    read_speculation,
     use_compilation_cache,
 )
 from jaxcept.constraint import ConstraintMaker, ToolMode
@@ -36,6 +37,7 @@ from jaxcept.scheduler.params import SamplingParams
 from jaxcept.scheduler.policies.catalog import SWAPPING, make_policy
 from jaxcept.scheduler.refined_costs import RefinedCosts
 from jaxcept.scheduler.scheduler import Scheduler
+from jaxcept.scheduler.speculation import Speculation
 from jaxcept.session import InterceptOptions, Session
 from jaxcept.text.folder import read_text_files
 from jaxcept.text.grammar import GrammarCompiler
@@ -129,8 +131,15 @@ def build_engine(config: EngineConfig, runner: DeviceRunner, costs: RefinedCosts
         make_policy(config.intercept_policy, costs, sizes.block_size),
         make_estimator(config.duration_estimator),
         make_order(config.queue_order),
+        make_speculation(config, costs),
     )
     return Engine(scheduler, runner, MonotonicClock(), Ledger(runner.layout.block_bytes), costs=costs)
+
+
+def make_speculation(config: EngineConfig, costs: RefinedCosts) -> Speculation | None:
+    """Who guesses tokens, where the configuration asks for it."""
+    chosen = read_speculation(config.speculative_config)
+    return Speculation(chosen, costs) if chosen is not None else None
 
 
 def profile_model(config: EngineConfig, progress: Progress, brief: bool = False) -> CostModel:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -12,11 +15,17 @@ import jaxcept_models
 from jaxcept.scheduler.durations import ESTIMATORS
 from jaxcept.scheduler.orders import ORDERS
 from jaxcept.scheduler.policies.catalog import POLICIES
+from jaxcept.scheduler.speculation import SpeculationConfig
 
 GIB = 1 << 30
 CACHE_BYTES = 8 * GIB  # of compiled programs: the oldest are forgotten
 IMPLEMENTATIONS = ("auto", "xla", "native", "pallas")
 KV_CACHE_DTYPES = ("auto", "int8")
+_SPECULATION = {  # vLLM's names, and ours
+    "num_speculative_tokens": "max_tokens",
+    "prompt_lookup_max": "longest",
+    "prompt_lookup_min": "shortest",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +57,27 @@ class Hosts:
         return host.strip("[]"), int(port) + 1
 
 
+def read_speculation(value: Mapping[str, Any] | str | None) -> SpeculationConfig | None:
+    """Whether and how an engine guesses tokens. ValueError, naming what is wrong, for what is not understood."""
+    if value is None:
+        return None
+    try:
+        given = json.loads(value) if isinstance(value, str) else dict(value)
+    except (ValueError, TypeError):
+        given = None
+    if not isinstance(given, dict):
+        raise ValueError(f'speculative_config={value!r}: expected JSON such as {{"method": "ngram"}}')
+    if given.pop("method", None) != "ngram":
+        raise ValueError(f"speculative_config={value!r}: expected method 'ngram', the only one there is")
+    unknown = sorted(set(given) - set(_SPECULATION))
+    if unknown:
+        raise ValueError(f"speculative_config: {', '.join(unknown)}: expected only {', '.join(_SPECULATION)}")
+    try:
+        return SpeculationConfig(**{_SPECULATION[name]: number for name, number in given.items()})
+    except ValueError as error:
+        raise ValueError(f"speculative_config={value!r}: {error}") from None
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Options of one engine. None means: chosen from the model and the device.
@@ -61,7 +91,9 @@ class EngineConfig:
     template. compilation_cache: folder of XLA's persistent cache; "" is none. intercept_policy: where contexts wait for
     their tools. host_pool_gb: GiB of pinned host memory where contexts may wait; None is 4 on a GPU and as much as the
     KV pool on a CPU, as far as the policy uses it. queue_order: who is served first. return_head_start_s: what a
-    tool's return is ahead of newcomers at most, seconds; None is the policy's (30 for min-waste). duration_estimator:
+    tool's return is ahead of newcomers at most, seconds; None is the policy's (30 for min-waste). speculative_config:
+    guesses of the next tokens that a step verifies all at once, None for none; a mapping or JSON with vLLM's names:
+    method "ngram", num_speculative_tokens (8), prompt_lookup_max (4), prompt_lookup_min (2). duration_estimator:
     how long a tool will still take. cost_model: a file of `jaxcept profile`; without one the engine measures itself
     once, for some seconds, and remembers. tensor_parallel_size: devices that share every layer, and the KV pool by its
     heads. data_parallel_size: groups of as many devices that share the tokens of every step; each has the whole pool,
@@ -85,6 +117,7 @@ class EngineConfig:
     host_pool_gb: float | None = None
     queue_order: str = "fcfs"
     return_head_start_s: float | None = None
+    speculative_config: Mapping[str, Any] | str | None = None
     duration_estimator: str = "survival"
     cost_model: str | Path | None = None
     chat_template: str | None = None
@@ -110,6 +143,7 @@ class EngineConfig:
             raise ValueError(f"host_pool_gb={self.host_pool_gb}: expected GiB of host memory, 0 or more")
         if self.return_head_start_s is not None and not self.return_head_start_s >= 0:
             raise ValueError(f"return_head_start_s={self.return_head_start_s}: expected seconds, 0 or more")
+        read_speculation(self.speculative_config)
         if not 0 < self.memory_utilization <= 1:
             raise ValueError(f"memory_utilization={self.memory_utilization}: expected above 0, at most 1")
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks"):

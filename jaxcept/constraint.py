@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from re import Match
@@ -77,6 +77,20 @@ class Constraint:
         if self._in_call and self._parallel and self._matcher.may_end:
             self._release()
         return True
+
+    def masks_behind(self, token_ids: Sequence[int]) -> list[bytes | None]:
+        """The masks behind each of these tokens, as far as they may come; a call's end is the last."""
+        if self._matcher is None:
+            return [None] * len(token_ids)
+        matcher, masks = self._matcher.copy(), list[bytes | None]()
+        for token_id in token_ids:
+            if not matcher.accept(token_id):
+                break
+            is_released = self._in_call and self._parallel and matcher.may_end
+            masks.append(None if is_released else matcher.mask())
+            if is_released:
+                break
+        return masks
 
     def read(self, text: str) -> None:
         """The text that the accepted tokens add: a call may begin in it."""

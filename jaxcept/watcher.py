@@ -107,6 +107,13 @@ class TextWatcher:
         except RuntimeError as error:
             raise WatcherError(str(error)) from error
 
+    def masks_behind(self, token_ids: Sequence[int]) -> Sequence[bytes | None]:
+        """The masks behind each of these tokens, as far as they may come: see Watcher."""
+        try:
+            return [None] * len(token_ids) if self._constraint is None else self._constraint.masks_behind(token_ids)
+        except RuntimeError as error:
+            raise WatcherError(str(error)) from error
+
     def _accepted(self, token_id: int) -> str | None:
         """The text that a token completes; None where the constraint refuses it."""
         if self._constraint is None:

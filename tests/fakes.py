@@ -63,6 +63,7 @@ class Entry(NamedTuple):
     start: int
     token_ids: tuple[int, ...]
     samples: bool
+    num_drafts: int = 0
 
 
 class FakeRunner:
@@ -189,18 +190,20 @@ class FakeRunner:
             entries.append(Entry(seq_id, row, position, (self.history[row][position],), True))
         for chunk in plan.chunks:
             assert chunk.token_ids, "an empty chunk"
-            entries.append(Entry(chunk.seq_id, chunk.row, chunk.start, chunk.token_ids, chunk.samples))
+            entries.append(
+                Entry(chunk.seq_id, chunk.row, chunk.start, chunk.token_ids, chunk.samples, chunk.num_drafts)
+            )
         rows = [entry[1] for entry in entries]
         assert len(set(rows)) == len(rows), "a row computes twice in one step"
         seen: list[list[int]] = []
-        for seq_id, row, start, ids, _ in entries:
+        for seq_id, row, start, ids, _, _ in entries:
             assert self.seq_ids[row] == seq_id, f"row {row} belongs to {self.seq_ids[row]}, not {seq_id}"
             before = [self.pool[self._slot(row, position)] for position in range(start)]
             known = [token_id for token_id in before if token_id is not None]
             assert len(known) == len(before), "KV that was never written is read"
             seen.append([*known, *ids])
         written: set[int] = set()
-        for _, row, start, ids, _ in entries:
+        for _, row, start, ids, _, _ in entries:
             for i, token_id in enumerate(ids):
                 slot = self._slot(row, start + i)
                 assert slot not in written, f"slot {slot} is written twice in one step"
@@ -211,13 +214,14 @@ class FakeRunner:
     def _draw(self, plan: StepPlan, entries: list[Entry], seen: list[list[int]]) -> StepResult:
         token_ids: list[int] = []
         logprobs: dict[int, TokenLogprobs] = {}
-        masks = {row: int.from_bytes(bits, "little") for row, bits in plan.masks}
-        assert set(masks) <= {row for _, row, _, _, samples in entries if samples}, (
+        masks = {(row, draw): int.from_bytes(bits, "little") for row, bits, draw in plan.masks}
+        assert {row for row, _ in masks} <= {row for _, row, _, _, samples, _ in entries if samples}, (
             "a mask for a row that draws nothing"
         )
-        for (_, row, _, _, samples), ids in zip(entries, seen, strict=True):
-            if samples:
-                mask = masks.get(row)
+        for (_, row, _, _, samples, num_drafts), known in zip(entries, seen, strict=True):
+            for place in range(len(known) - num_drafts, len(known) + 1) if samples else ():
+                ids = known[:place]
+                mask = masks.get((row, place - len(known) + num_drafts))
                 allowed = None if mask is None else {i for i in range(VOCAB) if mask >> i & 1}
                 token_id = next_masked(ids, self.seeds[row], allowed)
                 if self.wants[row][0]:
@@ -264,6 +268,18 @@ class FakeWatcher:
     def mask(self) -> bytes | None:
         allowed = allowed_after(self.last, self.masks)
         return None if allowed is None else bits_of(allowed)
+
+    def masks_behind(self, token_ids: Sequence[int]) -> Sequence[bytes | None]:
+        masks: list[bytes | None] = []
+        last = self.last
+        for token_id in token_ids:
+            allowed = allowed_after(last, self.masks)
+            if allowed is not None and token_id not in allowed:
+                break
+            last = token_id
+            behind = allowed_after(last, self.masks)
+            masks.append(None if behind is None else bits_of(behind))
+        return masks
 
     def end_of_turn(self) -> Verdict | None:
         return Verdict("intercept", "turn") if self.turn_calls else None

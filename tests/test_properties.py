@@ -106,6 +106,7 @@ def workloads(draw: st.DrawFn) -> Workload:
         "policy": draw(st.sampled_from(sorted(POLICIES))),
         "depth": draw(st.sampled_from([0, 1, 1, 2])),
         "swaps": [draw(st.integers(0, 3)), draw(st.sampled_from([0, 0, 0, 2, 5]))],
+        "wrong": draw(st.sampled_from([None, None, 2, 3, 7, 1000])),
         "requests": draw(st.lists(requests(max_len), min_size=1, max_size=6)),
     }
 
@@ -121,9 +122,9 @@ def test_invariants_hold_everyone_finishes_and_nothing_leaks(workload: Workload)
 def test_tokens_are_the_same_under_every_policy_depth_and_cache(workload: Workload):
     seen = []
     for policy in POLICIES:
-        for depth, caching in ((0, False), (1, True)):
+        for depth, caching, wrong in ((0, False, None), (1, True, None), (1, True, 5)):
             config = {**workload["config"], "enable_prefix_caching": caching}
-            world = World(without_times(workload, policy=policy, depth=depth, config=config))
+            world = World(without_times(workload, policy=policy, depth=depth, config=config, wrong=wrong))
             world.run()
             seen.append(outputs(world))
     assert all(each == seen[0] for each in seen)
@@ -138,7 +139,8 @@ def test_tokens_are_the_same_with_swaps_in_flight(seeds: range):
         seen = []
         for number, policy in enumerate(POLICIES):
             order = ORDERS[(seed + number) % len(ORDERS)]
-            world = World(without_times({**workload, "policy": policy, "order": order}))
+            wrong = (None, 4)[(seed + number) % 2]
+            world = World(without_times({**workload, "policy": policy, "order": order, "wrong": wrong}))
             world.run()
             seen.append(outputs(world))
         assert all(each == seen[0] for each in seen), f"seed {seed}"

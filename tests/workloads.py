@@ -26,6 +26,9 @@ from jaxcept.scheduler.policies.preserve import Preserve
 from jaxcept.scheduler.policy import BatchView, HostUse, InterceptedView, Placement, Policy, Traits
 from jaxcept.scheduler.request import Request
 from jaxcept.scheduler.scheduler import Scheduler, StateError
+from jaxcept.scheduler.sequence import Sequence as Seq
+from jaxcept.scheduler.speculation import Speculation, SpeculationConfig
+from tests.costs import HAND
 from tests.fakes import VOCAB, FakeRunner, FakeWatcher, allowed_after, next_masked
 
 Workload = dict[str, Any]
@@ -93,6 +96,23 @@ class DiscardToTail(Discard):
 
 _POLICIES = (Preserve, Discard, KeepSome, SwapAll, Mixture, Offload, DiscardToTail)
 POLICIES: dict[str, Callable[[], Policy]] = {policy().name: policy for policy in _POLICIES}
+
+
+class Guesses(Speculation):
+    """Guesses what the fake model draws, but for every `wrong`-th token or so."""
+
+    def __init__(self, wrong: int) -> None:
+        super().__init__(SpeculationConfig(), HAND)
+        self._wrong = wrong
+
+    def guess(self, seq: Seq, limit: int) -> tuple[int, ...]:
+        ids, watcher = list(seq.token_ids), seq.watcher
+        last, masks = (watcher.last, watcher.masks) if isinstance(watcher, FakeWatcher) else (None, None)
+        for place in range(limit):
+            error = int((len(ids) * 7 + seq.seq_id + place) % self._wrong == 0)
+            last = (next_masked(ids, seq.seed, allowed_after(last, masks)) + error) % VOCAB
+            ids.append(last)
+        return tuple(ids[len(seq.token_ids) :])
 
 
 def answer_ids(request: int, index: int, interception: int, length: int) -> tuple[int, ...]:
@@ -199,7 +219,10 @@ class World:
         self.workload = workload
         self.config = SchedulerConfig(vocab_size=VOCAB, **workload["config"])
         self.scheduler = Scheduler(
-            self.config, POLICIES[workload["policy"]](), order=make_order(workload.get("order", "fcfs"))
+            self.config,
+            POLICIES[workload["policy"]](),
+            order=make_order(workload.get("order", "fcfs")),
+            speculation=Guesses(workload["wrong"]) if workload.get("wrong") else None,
         )
         self.runner = FakeRunner(self.config.num_blocks, self.config.block_size, self.config.max_num_seqs)
         self.runner.swap_delay, self.runner.swap_failures = workload.get("swaps", (1, 0))

@@ -85,8 +85,8 @@ class Batch(NamedTuple):
 
     tokens: int  # the bucket
     packed: np.ndarray  # [BatchShape.length(tokens)] int32
-    sampling_rows: np.ndarray  # [sampling sequences] int32, not padded
-    sampling_positions: np.ndarray  # [sampling sequences] int32, where the drawn token will stand
+    sampling_rows: np.ndarray  # [draws] int32, not padded
+    sampling_positions: np.ndarray  # [draws] int32, where the drawn token will stand
     chunk_starts: tuple[int, ...]  # first token row of each chunk of the plan
 
 
@@ -137,10 +137,12 @@ class BatchBuilder:
         starts[len(rows) + 1 :] = cursor
         self._fill_slots(slots, positions, starts, rows, cursor)
 
-        chunk_samples = [i for i, chunk in enumerate(plan.chunks) if chunk.samples]
-        sampled = np.concatenate([np.arange(count), np.asarray(chunk_samples, np.int64) + count])
-        sample_index[: len(sampled)] = starts[sampled + 1] - 1
-        return Batch(tokens, packed, rows[sampled], contexts[sampled].copy(), tuple(chunk_starts))
+        draws = np.ones(len(rows), np.int64)
+        draws[count:] = [chunk.num_draws for chunk in plan.chunks]
+        sampled = np.repeat(np.arange(len(rows)), draws)  # entries, as often as they draw
+        behind = np.cumsum(draws)[sampled] - 1 - np.arange(len(sampled))  # draws of the same entry that follow
+        sample_index[: len(sampled)] = starts[sampled + 1] - 1 - behind
+        return Batch(tokens, packed, rows[sampled], contexts[sampled] - behind.astype(np.int32), tuple(chunk_starts))
 
     def _fill_slots(
         self, slots: np.ndarray, positions: np.ndarray, starts: np.ndarray, rows: np.ndarray, used: int

@@ -120,13 +120,13 @@ class HostRows:
         return packed
 
     def masks(self, rows: np.ndarray, masks: Sequence[Mask], padded: int) -> np.ndarray:
-        """[padded, words] uint32 for apply_mask: all bits set for rows without a mask."""
+        """[padded, words] uint32 for apply_mask: all bits set for draws without a mask."""
         packed = np.full((padded, self._words), 0xFFFFFFFF, np.uint32)
-        places = {row: i for i, row in enumerate(rows.tolist())}
-        for row, bits in masks:
+        first = {row: i for i, row in reversed(list(enumerate(rows.tolist())))}
+        for row, bits, draw in masks:
             words = np.frombuffer(bits, "<u4")[: self._words]
-            packed[places[row], : len(words)] = words
-            packed[places[row], len(words) :] = 0
+            packed[first[row] + draw, : len(words)] = words
+            packed[first[row] + draw, len(words) :] = 0
         return packed
 
     def history(self, setup: RowSetup) -> np.ndarray:

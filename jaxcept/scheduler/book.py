@@ -222,6 +222,7 @@ class Book:
             heappush(self.free_rows, seq.row)
             seq.row = None
             seq.is_decoding = False
+            seq.is_known_only = False
         elif seq.state is SeqState.WAITING:
             self.waiting.remove(seq)
         else:

@@ -19,6 +19,8 @@ class Counters:
     stale_tokens: int = 0  # drawn for a sequence that had ended or was intercepted meanwhile
     generated_tokens: int = 0
     rejected_tokens: int = 0  # drawn before the mask that forbids them was known, and drawn again
+    draft_tokens: int = 0  # guessed
+    accepted_draft_tokens: int = 0  # and drawn
     preemptions: int = 0
     interceptions: int = 0
     swapped_out_blocks: int = 0

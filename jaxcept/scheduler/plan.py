@@ -16,6 +16,7 @@ class ChunkKind(StrEnum):
     PREFILL = "prefill"
     RECOMPUTE = "recompute"  # tokens whose KV was computed before and given up
     RETURNED = "returned"  # tokens that a tool returned
+    DRAFT = "draft"  # the token drawn last, and guesses of those that follow it
 
 
 class Decodes(NamedTuple):
@@ -30,7 +31,10 @@ class Decodes(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """A run of known tokens of one sequence: positions start .. start + len(token_ids) - 1."""
+    """A run of known tokens of one sequence: positions start .. start + len(token_ids) - 1.
+
+    The last `num_drafts` are guesses. A token is drawn behind each of them, and behind the one before them.
+    """
 
     seq_id: int
     row: int
@@ -39,6 +43,12 @@ class Chunk(NamedTuple):
     token_ids: tuple[int, ...]
     samples: bool  # whether the token after the last one is drawn
     num_recomputed: int = 0  # how many of these had their KV computed before
+    num_drafts: int = 0
+
+    @property
+    def num_draws(self) -> int:
+        """Tokens that are drawn, in the order of their positions."""
+        return 1 + self.num_drafts if self.samples else 0
 
 
 class TableUpdate(NamedTuple):
@@ -68,11 +78,12 @@ class RowSetup(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """The row's draw in this step is one of these tokens: bit i % 32 of the little-endian uint32 word i // 32 for token
-    i; ids past the end of `bits` are not drawn."""
+    """A draw of the row in this step is one of these tokens: bit i % 32 of the little-endian uint32 word i // 32 for
+    token i; ids past the end of `bits` are not drawn."""
 
     row: int
     bits: bytes
+    draw: int = 0  # which of the row's draws, in their order
 
 
 class MoveKind(StrEnum):
@@ -127,8 +138,8 @@ class StepPlan:
 
     @property
     def sampling_seq_ids(self) -> tuple[int, ...]:
-        """The sequences that draw a token, in the order of StepResult.token_ids."""
-        return self.decodes.seq_ids + tuple(chunk.seq_id for chunk in self.chunks if chunk.samples)
+        """The sequences that draw tokens, in the order of StepResult.token_ids, as often as they draw."""
+        return self.decodes.seq_ids + tuple(chunk.seq_id for chunk in self.chunks for _ in range(chunk.num_draws))
 
 
 @dataclass(frozen=True, slots=True)

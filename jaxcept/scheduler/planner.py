@@ -31,6 +31,7 @@ from jaxcept.scheduler.memory import ContextMemory
 from jaxcept.scheduler.plan import Chunk, ChunkKind, Decodes, Mask, RowSetup, StepPlan, TableUpdate
 from jaxcept.scheduler.policy import Policy
 from jaxcept.scheduler.sequence import SeqState, Sequence
+from jaxcept.scheduler.speculation import Speculation
 from jaxcept.scheduler.swaps import Swaps
 
 _KEY = attrgetter("key")
@@ -56,6 +57,7 @@ class _Draft:
     seqs: list[Sequence] = field(default_factory=list)  # of the chunks
     tables: list[TableUpdate] = field(default_factory=list)
     setups: list[RowSetup] = field(default_factory=list)
+    masks: list[Mask] = field(default_factory=list)  # of draws behind drafts
     has_preempted: bool = False
 
     def extend_table(self, seq: Sequence, offset: int, block_ids: tuple[int, ...]) -> None:
@@ -68,8 +70,12 @@ class _Draft:
 class Planner:
     """Builds one plan at a time out of the book and the memory."""
 
-    def __init__(self, book: Book, memory: ContextMemory, swaps: Swaps, policy: Policy) -> None:
+    def __init__(
+        self, book: Book, memory: ContextMemory, swaps: Swaps, policy: Policy, speculation: Speculation | None = None
+    ) -> None:
         self.config = book.config
+        self.speculation = speculation
+        self._drafts_left = 0  # that this step may still compute
         self.book = book
         self.memory = memory
         self.swaps = swaps
@@ -103,6 +109,9 @@ class Planner:
         counters = self.book.counters
         counters.steps += 1
         counters.decode_tokens += len(seqs)
+        for chunk in self._draft.chunks:
+            counters.decode_tokens += chunk.kind is ChunkKind.DRAFT
+            counters.draft_tokens += chunk.num_drafts
         num_decodes = len(seqs)
         if self._draft.chunks:
             for seq in self._draft.seqs:
@@ -120,9 +129,9 @@ class Planner:
             rows=tuple(self._draft.setups),
             moves=moves,
             waits_for_swaps=self.traits.waits_for_swaps,
-            masks=_masks(seqs) if self.book.masked else (),
+            masks=(*_masks(seqs), *self._draft.masks) if self.book.masked else (),
         )
-        seq_ids = decodes.seq_ids if num_decodes == len(seqs) else plan.sampling_seq_ids
+        seq_ids = decodes.seq_ids if num_decodes == len(seqs) else tuple([seq.seq_id for seq in seqs])
         return plan, Flight(self._draft.step_id, seqs, seq_ids, num_decodes, set())
 
     # Running sequences: memory goes to the earliest first, tokens to decodes first.
@@ -131,6 +140,8 @@ class Planner:
         """Decodes and running prefills; returns the decodes' columns, their sequences and the budget left."""
         decoding = self.book.decoding.items[:budget]
         chunk_budget = budget - len(decoding)
+        if self.speculation is not None:
+            self._drafts_left = self._room_for_drafts(self.speculation, chunk_budget)
         limit = self.traits.recompute_tokens
         self._recompute_left = budget if limit is None else max(self.config.block_size, limit - len(decoding))
         scheduled: list[Sequence] = []
@@ -148,7 +159,10 @@ class Planner:
 
     def _decode(self, seqs: list[Sequence], scheduled: list[Sequence], positions: list[int]) -> None:
         """The hot loop: one comparison tells whether a sequence needs more than its next position."""
+        speculation = self.speculation
         for seq in seqs:
+            if speculation is not None and seq.state is SeqState.RUNNING and self._verify(seq, speculation):
+                continue
             position = seq.num_computed
             if position >= seq.attention and not self._attend(seq, position):
                 continue
@@ -166,6 +180,42 @@ class Planner:
         self.memory.register(seq)
         self._draft.extend_table(seq, len(seq.blocks), self.memory.grow(seq, position + 1))
         self._set_attention(seq)
+        return True
+
+    def _room_for_drafts(self, speculation: Speculation, budget: int) -> int:
+        """Drafts of this step; none where somebody prefills or waits, for whom the tokens are."""
+        book = self.book
+        if book.prefilling or book.waiting:
+            return 0
+        num_decoding = len(book.decoding)
+        context_tokens = sum([seq.num_computed + 1 for seq in book.decoding])
+        return speculation.room(num_decoding, context_tokens, min(budget, self.config.max_num_seqs - num_decoding))
+
+    def _verify(self, seq: Sequence, speculation: Speculation) -> bool:
+        """Computes drafts behind the last token, in a chunk; whether the sequence is served so.
+
+        A token that only the host knows, as it was drawn behind a draft, goes to the device in a chunk too.
+        """
+        drafts, masks = speculation.drafts(seq, self._drafts_left, self.config.block_size)
+        if not drafts and not seq.is_known_only:
+            return False
+        position = seq.num_computed
+        if position >= seq.attention and not self._attend(seq, position):
+            return True
+        assert seq.row is not None
+        token_ids = (seq.token_ids[position], *drafts)
+        chunk = Chunk(
+            seq.seq_id, seq.row, ChunkKind.DRAFT, position, token_ids, samples=True, num_drafts=len(drafts)
+        )  # fmt: skip
+        self._draft.chunks.append(chunk)
+        self._draft.seqs.append(seq)
+        self._draft.masks += [
+            Mask(seq.row, mask, draw) for draw, mask in enumerate(masks, start=1) if mask is not None
+        ]  # fmt: skip
+        self._drafts_left -= len(drafts)
+        seq.is_known_only = bool(drafts)
+        seq.num_computed = position + 1
+        seq.num_pending += 1
         return True
 
     def _set_attention(self, seq: Sequence) -> None:

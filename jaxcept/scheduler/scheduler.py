@@ -32,6 +32,7 @@ from jaxcept.scheduler.policy import BatchView, HostUse, InterceptedView, Policy
 from jaxcept.scheduler.ranking import OrderRanking
 from jaxcept.scheduler.request import Request
 from jaxcept.scheduler.sequence import Family, SeqState, Sequence
+from jaxcept.scheduler.speculation import Speculation, Trial, split_draws
 from jaxcept.scheduler.swaps import Swaps
 
 __all__ = ["Scheduler", "StateError"]
@@ -46,6 +47,7 @@ class Scheduler:
         policy: Policy,
         estimator: DurationEstimator | None = None,
         order: QueueOrder | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         traits = policy.traits
         config = replace(config, enable_prefix_caching=config.enable_prefix_caching and traits.prefix_caching)
@@ -59,7 +61,8 @@ class Scheduler:
         self._book = Book(config, self._ranking)
         self.swaps = Swaps(self._book, self.memory, host, traits)
         self._flights: deque[Flight] = deque()
-        self._planner = Planner(self._book, self.memory, self.swaps, policy)
+        self._speculation = speculation
+        self._planner = Planner(self._book, self.memory, self.swaps, policy, speculation)
         head_start_s = traits.head_start_s
         if head_start_s and config.return_head_start_s is not None:
             head_start_s = config.return_head_start_s
@@ -201,6 +204,8 @@ class Scheduler:
         self._lifecycle.expire(now)
         if self._book.masked and self._book.awaits_masked:
             return None  # a step without those would only split the batch in two that take turns
+        if self._speculation is not None and self._flights:
+            return None  # guesses follow the last token, which must be known
         token_limit = None
         if self._book.intercepted or self._book.unplaced or self.swaps.is_in_use or not self.order.is_arrival:
             batch = self._batch_view(now)
@@ -222,11 +227,16 @@ class Scheduler:
         assert flight.step_id == plan.step_id == result.step_id, (
             f"results out of order: step {flight.step_id} is due, got {result.step_id} for plan {plan.step_id}"
         )
-        assert len(result.token_ids) == len(flight.seqs), f"{len(result.token_ids)} tokens for {len(flight.seqs)} draws"
+        drawn = len(plan.sampling_seq_ids) if plan.chunks else len(flight.seqs)
+        assert len(result.token_ids) == drawn, f"{len(result.token_ids)} tokens for {drawn} draws"
         self.swaps.settle(result)
         if result.prompt_logprobs:
             self._take_prompt_logprobs(plan, result)
         seqs, seq_ids, token_ids = flight.seqs, flight.seq_ids, result.token_ids
+        trials: list[Trial] = []
+        if self._speculation is not None:
+            token_ids, trials = split_draws(plan, seqs, token_ids)
+            trials = [trial for trial in trials if trial.seq.seq_id not in flight.dropped]
         for seq in seqs[flight.num_decodes :]:
             if seq.is_open and seq.seq_id not in flight.dropped:
                 self._lifecycle.await_more(seq, now)
@@ -240,13 +250,12 @@ class Scheduler:
             seq_ids = tuple([seq_ids[i] for i in live])
             token_ids = tuple([token_ids[i] for i in live])
         if seqs:
-            logprobs = _logprobs_by_seq(flight, result) if result.logprobs else {}
-            place = len(self._book.events)
-            self._book.events.append(Tokens(plan.step_id, seq_ids, token_ids, logprobs, now))
-            self.counters.generated_tokens += len(seqs)
-            rejected = self._append(seqs, token_ids, now)
-            if rejected:
-                self._take_back(place, rejected)
+            for trial in trials:
+                trial.credit()
+            logprobs = _logprobs_by_seq(plan, flight, result) if result.logprobs else {}
+            self._take(seqs, Tokens(plan.step_id, seq_ids, token_ids, logprobs, now))
+        if trials:
+            self._confirm(trials, plan.step_id, now)
         return self.drain()
 
     def observe_step(self, seconds: float) -> None:
@@ -262,6 +271,32 @@ class Scheduler:
     def check(self) -> None:
         """Asserts every invariant whole; for tests, it takes time in proportion to everything there is."""
         check_all(self._book, self.memory, self.swaps, self._flights)
+
+    def _take(self, seqs: list[Sequence], told: Tokens) -> None:
+        """A token for each of these sequences."""
+        place = len(self._book.events)
+        self._book.events.append(told)
+        self.counters.generated_tokens += len(seqs)
+        rejected = self._append(seqs, told.token_ids, told.at)
+        if rejected:
+            self._take_back(place, rejected)
+
+    def _confirm(self, trials: list[Trial], step_id: int, now: float) -> None:
+        """Takes what was drawn behind drafts, place by place, as far as the drafts were right."""
+        assert self._speculation is not None
+        going = trials
+        while going := [trial for trial in going if trial.goes_on]:
+            token_ids = tuple([trial.drawn[trial.num_taken] for trial in going])
+            for trial in going:
+                trial.credit()
+                trial.seq.num_pending += 1
+            seqs = [trial.seq for trial in going]
+            self._take(seqs, Tokens(step_id, tuple([seq.seq_id for seq in seqs]), token_ids, {}, now))
+        for trial in trials:
+            right = trial.end()
+            self.counters.accepted_draft_tokens += right
+            if trial.seq.lookup is not None:
+                trial.seq.lookup.learn(right, self._speculation.config.max_tokens)
 
     def _append(self, seqs: list[Sequence], token_ids: tuple[int, ...], now: float) -> set[int]:
         """The hot loop: a sequence is judged only where the token or its place is special, or a watcher reads it.
@@ -419,6 +454,7 @@ class Scheduler:
         return sum([self.memory.num_exclusive(seq) for seq in seqs])
 
 
-def _logprobs_by_seq(flight: Flight, result: StepResult) -> dict[int, TokenLogprobs]:
-    entries = ((flight.seq_ids[index], entry) for index, entry in result.logprobs.items())
+def _logprobs_by_seq(plan: StepPlan, flight: Flight, result: StepResult) -> dict[int, TokenLogprobs]:
+    seq_ids = plan.sampling_seq_ids
+    entries = ((seq_ids[index], entry) for index, entry in result.logprobs.items())
     return {seq_id: entry for seq_id, entry in entries if seq_id not in flight.dropped}

@@ -7,6 +7,7 @@ from collections import deque
 from enum import StrEnum
 
 from jaxcept.scheduler.interception import Interception, OpenInterception
+from jaxcept.scheduler.lookup import Lookup
 from jaxcept.scheduler.params import ScriptedTrigger
 from jaxcept.scheduler.plan import TokenLogprobs
 from jaxcept.scheduler.prefix import block_digest, root_digest
@@ -104,11 +105,13 @@ class Sequence:
         "index",
         "interceptions",
         "is_decoding",
+        "is_known_only",
         "is_open",
         "is_overdue",
         "key",
         "last_position",
         "load",
+        "lookup",
         "mask",
         "max_computed",
         "num_cached",
@@ -151,6 +154,7 @@ class Sequence:
         self.row: int | None = None
         self.is_decoding = False
         self.num_pending = 0
+        self.is_known_only = False  # the token drawn last is known on the host, and not to the device
 
         self.blocks: list[int] = []
         self.num_computed = 0
@@ -186,6 +190,7 @@ class Sequence:
         self.token_ids = list(request.prompt_ids)
         self.num_prompt = len(self.token_ids)
         self.num_returned = 0
+        self.lookup: Lookup | None = None
         self.rejected_at = -1  # len(token_ids) where a token was rejected last
         self.is_open = request.is_open  # more is to come before it generates
         self.num_foreign = int(self.opened is not None)  # interceptions that no trigger of the request began

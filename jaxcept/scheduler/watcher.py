@@ -37,6 +37,11 @@ class Watcher(Protocol):
         for token i; ids past its end may not. The same until the next call of another method."""
         ...
 
+    def masks_behind(self, token_ids: Sequence[int]) -> Sequence[bytes | None]:
+        """What `mask` would say behind each of these tokens, if they came next; fewer where one of them may not come,
+        or where it cannot be told what would follow. Nothing changes."""
+        ...
+
     def end_of_turn(self) -> Verdict | None:
         """The token pushed last is a stop token: an "intercept" turns the stop into an interception."""
         ...

@@ -104,7 +104,7 @@ class SimRunner:
         self._share_out(plan, load.query_tokens, seconds)
         self._free_at = begin + seconds
         self._busy.append((begin, self._free_at))
-        num_drawn = len(plan.decodes.rows) + sum([chunk.samples for chunk in plan.chunks])
+        num_drawn = len(plan.decodes.rows) + sum([chunk.num_draws for chunk in plan.chunks])
         self._submitted.append(_Submitted(plan.step_id, num_drawn, self._free_at, computes=True))
 
     def collect(self) -> StepResult:
@@ -154,6 +154,8 @@ class SimRunner:
             use.recompute_s += per_token * chunk.num_recomputed
             if chunk.kind is ChunkKind.PREFILL:
                 use.prefill_s += per_token * num_first
+            elif chunk.kind is ChunkKind.DRAFT:
+                use.decode_s += per_token * num_first
             else:
                 use.returned_s += per_token * num_first
 

@@ -144,6 +144,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         dest="return_head_start_s",
         help="most that a tool's return is ahead of newcomers in the queue (default: the policy's, 30 for min-waste)",
     )
+    group.add_argument(
+        "--speculative-config",
+        metavar="JSON",
+        help="guess tokens from what a sequence holds and verify them in one step: "
+        """'{"method": "ngram", "num_speculative_tokens": 8}'""",
+    )
     group.add_argument("--duration-estimator", default="survival", choices=ESTIMATORS)
     group.add_argument("--cost-model", help="file of `jaxcept profile` (default: measured at the first start)")
     group.add_argument("--chat-template", help="file of a chat template, or the template itself")
@@ -212,8 +218,9 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     names = (
         "tokenizer", "dtype", "kv_cache_dtype", "load_format", "max_model_len", "max_num_seqs",
         "max_num_batched_tokens", "block_size", "num_blocks", "memory_utilization", "enable_prefix_caching",
-        "intercept_policy", "host_pool_gb", "queue_order", "return_head_start_s", "duration_estimator", "cost_model",
-        "chat_template", "tool_call_parser", "implementation", "tensor_parallel_size", "data_parallel_size", "seed",
+        "intercept_policy", "host_pool_gb", "queue_order", "return_head_start_s", "speculative_config",
+        "duration_estimator", "cost_model", "chat_template", "tool_call_parser", "implementation",
+        "tensor_parallel_size", "data_parallel_size", "seed",
     )  # fmt: skip
     return {name: getattr(args, name) for name in names} | {"hosts": make_hosts(args)}
 
