@@ -92,6 +92,10 @@ class Constraint:
                 break
         return masks
 
+    def forced(self) -> list[int]:
+        """The tokens of the text that must come next, if it must."""
+        return self._matcher.forced() if self._matcher is not None else []
+
     def read(self, text: str) -> None:
         """The text that the accepted tokens add: a call may begin in it."""
         if self._matcher is not None or self._grammar is None or self._opened is None:

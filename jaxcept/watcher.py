@@ -114,6 +114,10 @@ class TextWatcher:
         except RuntimeError as error:
             raise WatcherError(str(error)) from error
 
+    def forced(self) -> Sequence[int]:
+        """Tokens that the constraint leaves no choice about: see Watcher."""
+        return self._constraint.forced() if self._constraint is not None else ()
+
     def _accepted(self, token_id: int) -> str | None:
         """The text that a token completes; None where the constraint refuses it."""
         if self._constraint is None:

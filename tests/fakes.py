@@ -23,6 +23,7 @@ from jaxcept.scheduler.policies.preserve import Preserve
 from jaxcept.scheduler.policy import Policy
 from jaxcept.scheduler.request import Request
 from jaxcept.scheduler.scheduler import Scheduler
+from jaxcept.scheduler.speculation import Speculation
 from jaxcept.scheduler.watcher import REJECT, Verdict
 
 VOCAB = 251
@@ -281,6 +282,10 @@ class FakeWatcher:
             masks.append(None if behind is None else bits_of(behind))
         return masks
 
+    def forced(self) -> Sequence[int]:
+        allowed = allowed_after(self.last, self.masks)
+        return [min(allowed)] if allowed is not None and min(allowed) % 2 else []
+
     def end_of_turn(self) -> Verdict | None:
         return Verdict("intercept", "turn") if self.turn_calls else None
 
@@ -295,7 +300,9 @@ class FakeWatcher:
 class Rig:
     """A scheduler, a fake device and a clock that ticks once a step, for tests that look at single plans."""
 
-    def __init__(self, policy: Policy | None = None, depth: int = 0, **config: Any) -> None:
+    def __init__(
+        self, policy: Policy | None = None, depth: int = 0, speculation: Speculation | None = None, **config: Any
+    ) -> None:
         sizes = {
             "num_blocks": 32,
             "block_size": 4,
@@ -304,11 +311,12 @@ class Rig:
             "max_model_len": 64,
         }
         self.config = SchedulerConfig(**{**sizes, "vocab_size": VOCAB, "watermark": 0.0, **config})
-        self.scheduler = Scheduler(self.config, policy or Preserve())
+        self.scheduler = Scheduler(self.config, policy or Preserve(), speculation=speculation)
         self.runner = FakeRunner(self.config.num_blocks, self.config.block_size, self.config.max_num_seqs)
         self.clock = VirtualClock()
         self.engine = Engine(self.scheduler, self.runner, self.clock, Ledger(100), depth)
         self.events: list[Event] = []
+        self.resumed: list[int] = []  # seq_ids, for tests that answer calls
 
     def add(self, name: str, prompt: Sequence[int], intercept: InterceptParams | None = None, **params: Any) -> int:
         """Queues a request; returns its first seq_id. Keywords of Request are told from those of SamplingParams."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import FAMILIES, build_checkpoint
+from costs import HAND
 from transformers import AutoModelForCausalLM
 
 from jaxcept.clock import MonotonicClock
@@ -22,6 +23,7 @@ from jaxcept.scheduler.policies.discard import Discard
 from jaxcept.scheduler.policies.preserve import Preserve
 from jaxcept.scheduler.request import Request
 from jaxcept.scheduler.scheduler import Scheduler
+from jaxcept.scheduler.speculation import Speculation, SpeculationConfig
 from jaxcept_kernels.attention import Implementation
 from jaxcept_kernels.library import native_available
 from jaxcept_models.model import load_model
@@ -48,11 +50,14 @@ def runners():
     make_runner.cache_clear()
 
 
-def make_engine(model, *, num_blocks=256, block_size=8, seqs=16, budget=64, length=512, policy=None, depth=1, **config):
+def make_engine(
+    model, *, num_blocks=256, block_size=8, seqs=16, budget=64, length=512, policy=None, depth=1, drafts=None, **config
+):
     runner = make_runner(model, num_blocks, block_size, seqs, budget, length)
     scheduler = Scheduler(
         SchedulerConfig(num_blocks, block_size, seqs, budget, length, model.config.vocab_size, **config),
         policy or Preserve(),
+        speculation=drafts,
     )
     return Engine(scheduler, runner, MonotonicClock(), Ledger(runner.layout.block_bytes), depth)
 
@@ -144,6 +149,20 @@ def test_greedy_tokens_equal_transformers_alone_and_in_a_mixed_batch(checkpoint,
     assert [new_ids(finished[str(i)]) for i in range(len(prompts))] == expected
     assert engine.scheduler.counters.cache_hit_tokens > 0
     assert engine.runner.compiles.count == compiled
+
+
+@pytest.mark.parametrize("temperature", [0, 0.3])
+def test_tokens_with_drafts_are_those_without(small_model, prompts, temperature):
+    """Random weights at a low temperature go in circles, which is easily guessed."""
+    seen = []
+    for drafts in (None, Speculation(SpeculationConfig(shortest=1), HAND)):
+        engine = make_engine(small_model, drafts=drafts)
+        for index, prompt in enumerate(prompts[:5]):
+            engine.add(Request(str(index), tuple(prompt), greedy(temperature=temperature, seed=3)))
+        finished, _, _ = run(engine)
+        seen.append([new_ids(finished[str(i)]) for i in range(5)])
+    assert seen[0] == seen[1]
+    assert engine.scheduler.counters.accepted_draft_tokens > 0
 
 
 @pytest.fixture(scope="module")

@@ -46,6 +46,21 @@ def test_a_mixed_plan_is_laid_out_decodes_first():
     assert batch.chunk_starts == (2,)
 
 
+def test_a_token_is_drawn_behind_every_draft_and_before_the_first():
+    builder = BatchBuilder(SHAPE, token_buckets(16))
+    builder.update_tables((TableUpdate(2, 0, (7, 3)), TableUpdate(0, 0, (5,)), TableUpdate(1, 0, (1, 2, 9))))
+    drafts = Chunk(10, 0, ChunkKind.DRAFT, 1, (60, 61, 62), True, num_drafts=2)
+    chunks = (Chunk(11, 1, ChunkKind.PREFILL, 7, (70, 71), False), drafts)
+    plan = StepPlan(0, Decodes((20,), (2,), (6,)), chunks, (), (), ())
+    assert plan.sampling_seq_ids == (20, 10, 10, 10) and plan.num_tokens == 6
+    batch = builder.build(plan)
+    inputs = unpack(batch.packed, SHAPE, batch.tokens)
+    np.testing.assert_array_equal(inputs.token_ids[:6], [0, 70, 71, 60, 61, 62])
+    np.testing.assert_array_equal(inputs.sample_index, [0, 3, 4, 5])
+    np.testing.assert_array_equal(batch.sampling_rows, [2, 0, 0, 0])
+    np.testing.assert_array_equal(batch.sampling_positions, [7, 2, 3, 4])
+
+
 def test_every_step_has_a_buffer_of_its_own():
     builder = BatchBuilder(SHAPE, token_buckets(16))
     plan = StepPlan(0, Decodes((1,), (0,), (0,)), (), (TableUpdate(0, 0, (1,)),), (), ())

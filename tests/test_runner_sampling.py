@@ -222,6 +222,13 @@ def test_rows_beyond_the_masks_and_words_beyond_a_mask():
     assert masks.tolist() == [[0xFFFFFFFF] * 2, [0x80000001, 0], [0xFFFFFFFF] * 2]
 
 
+def test_each_draw_of_a_row_has_a_mask_of_its_own():
+    host = HostRows(ROWS, LENGTH, VOCAB)
+    masks = (Mask(0, b"\x01\x00\x00\x00"), Mask(0, b"\x04\x00\x00\x00", 2))
+    packed = host.masks(np.array([2, 0, 0, 0], np.int32), masks, 4)
+    assert packed.tolist() == [[0xFFFFFFFF] * 2, [1, 0], [0xFFFFFFFF] * 2, [4, 0]]
+
+
 def test_a_row_forgets_the_bias_of_the_sequence_that_had_it():
     host, state = HostRows(ROWS, LENGTH, VOCAB), make_row_state(ROWS, LENGTH, VOCAB)
     biased = RowSetup(0, 1, SamplingParams(logit_bias={9: 100.0}), 5, (1,), (), 1, ())

@@ -201,6 +201,8 @@ SHARED = [
     "e2e_request_latency_seconds",
     "request_queue_time_seconds",
     "num_preemptions",
+    "spec_decode_num_draft_tokens",
+    "spec_decode_num_accepted_tokens",
     "prompt_tokens",
     "generation_tokens",
     "request_success",

@@ -15,7 +15,7 @@ class Lookup:
 
     def __init__(self) -> None:
         self._ids = bytearray()
-        self.width = 1  # of the next guess: twice what was right last time, and one
+        self.width = 4  # of the next guess: two more than twice what was right last time
 
     def guess(self, token_ids: list[int], longest: int, shortest: int, limit: int) -> tuple[int, ...]:
         """At most `limit` tokens: what came after the last `longest` ones, or fewer, where they stood last before."""
@@ -31,7 +31,7 @@ class Lookup:
 
     def learn(self, num_right: int, most: int) -> None:
         """So many of the last guess were right."""
-        self.width = min(most, 2 * num_right + 1)
+        self.width = min(most, 2 * num_right + 2)
 
 
 def _rfind(ids: bytearray, pattern: bytearray, first: int) -> int | None:

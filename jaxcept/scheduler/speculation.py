@@ -1,10 +1,10 @@
 """Drafts: tokens that a sequence may generate next, guessed from what it holds and verified all in one step.
 
 A model that calls tools repeats itself: the form of its calls, names out of their answers, numbers. So what followed
-the last tokens where they stood before is a good guess (prompt lookup decoding, Saxena 2023). A step computes the
-guesses behind the token drawn last and draws a token at each of their places; a draw counts if the guesses before it
-were what was drawn. Draws depend on the seed and the place alone, so the tokens are those of a run without drafts,
-whether greedy or random.
+the last tokens where they stood before is a good guess (prompt lookup decoding, Saxena 2023), and so is the text that a
+grammar leaves no choice about. A step computes the guesses behind the token drawn last and draws a token at each of
+their places; a draw counts if the guesses before it were what was drawn. Draws depend on the seed and the place alone,
+so the tokens are those of a run without drafts, whether greedy or random.
 
 Drafts are computed where they pay by the cost model, while nobody prefills or waits. They stay within the block that
 the sequence writes to anyway, so they never take memory.
@@ -85,10 +85,13 @@ class Speculation:
         limit = min(limit, left_in_block, until_stop)
         if limit <= 0 or params.uses_history or params.min_tokens or params.logprobs is not None:
             return NO_DRAFTS
-        guessed = self.guess(seq, limit)
-        if not guessed or seq.watcher is None:
+        guessed, watcher = self.guess(seq, limit), seq.watcher
+        if watcher is None:
             return Drafts(guessed, (None,) * len(guessed))
-        masks = tuple(seq.watcher.masks_behind(guessed))
+        masks = tuple(watcher.masks_behind(guessed)) if guessed else ()
+        if not masks and seq.mask is not None:  # the grammar's own guess
+            guessed = tuple(watcher.forced())[:limit]
+            masks = tuple(watcher.masks_behind(guessed)) if guessed else ()
         return Drafts(guessed[: len(masks)], masks)
 
     def guess(self, seq: Sequence, limit: int) -> tuple[int, ...]:

@@ -42,6 +42,10 @@ class Watcher(Protocol):
         or where it cannot be told what would follow. Nothing changes."""
         ...
 
+    def forced(self) -> Sequence[int]:
+        """Tokens that come next as nothing else may, but for other tokens of the same text; none where it is open."""
+        ...
+
     def end_of_turn(self) -> Verdict | None:
         """The token pushed last is a stop token: an "intercept" turns the stop into an interception."""
         ...

@@ -98,6 +98,10 @@ class Matcher:
         self._mask = None
         return True
 
+    def forced(self) -> list[int]:
+        """The tokens of the text that must come next, if it must."""
+        return list(self._matcher.compute_ff_tokens())
+
     @property
     def may_end(self) -> bool:
         """Whether the text may end here."""

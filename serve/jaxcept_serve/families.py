@@ -179,6 +179,10 @@ def _shared_families(snapshot: Snapshot, counts: EngineCounts) -> Iterator[Metri
     yield counter("vllm:generation_tokens", "Tokens generated.", figure("generated_tokens"))
     yield counter("vllm:prefix_cache_queries", "Tokens asked of the prefix cache.", figure("cache_query_tokens"))
     yield counter("vllm:prefix_cache_hits", "Tokens found in the prefix cache.", figure("cache_hit_tokens"))
+    text = "Tokens guessed, where --speculative-config asks for it."
+    yield counter("vllm:spec_decode_num_draft_tokens", text, figure("draft_tokens"))
+    text = "Tokens guessed that were generated."
+    yield counter("vllm:spec_decode_num_accepted_tokens", text, figure("accepted_draft_tokens"))
     yield histogram("vllm:time_to_first_token_seconds", "Arrival to the first token.", counts.ttft)
     text = "Between tokens of a run; the waits for tools are left out."
     yield histogram("vllm:inter_token_latency_seconds", text, counts.inter_token)
