@@ -58,12 +58,12 @@ def generate(conversations: list[data.Conversation], policy: str, implementation
     return tokens, {name: int(metrics[name]) for name in ("swapped_in_blocks", "recomputed_tokens")}
 
 
-def tools_of(conversation: data.Conversation) -> list[Tool]:
-    """The conversation's tools, each of which takes TOOL_S."""
+def tools_of(conversation: data.Conversation, seconds: float = TOOL_S) -> list[Tool]:
+    """The conversation's tools, each of which takes so long."""
 
     def runner(name: str) -> Callable[..., str]:
         def run(**arguments: object) -> str:
-            time.sleep(TOOL_S)
+            time.sleep(seconds)
             return evaluate.run_tool(conversation, name, arguments)
 
         return run

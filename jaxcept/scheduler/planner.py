@@ -45,6 +45,7 @@ class Flight(NamedTuple):
     seq_ids: tuple[int, ...]
     num_decodes: int
     dropped: set[int]  # seq_ids whose token is stale by now
+    has_drafts: bool = False
 
 
 @dataclass(slots=True)
@@ -132,7 +133,8 @@ class Planner:
             masks=(*_masks(seqs), *self._draft.masks) if self.book.masked else (),
         )
         seq_ids = decodes.seq_ids if num_decodes == len(seqs) else tuple([seq.seq_id for seq in seqs])
-        return plan, Flight(self._draft.step_id, seqs, seq_ids, num_decodes, set())
+        has_drafts = any(chunk.num_drafts for chunk in self._draft.chunks)
+        return plan, Flight(self._draft.step_id, seqs, seq_ids, num_decodes, set(), has_drafts)
 
     # Running sequences: memory goes to the earliest first, tokens to decodes first.
 
@@ -140,8 +142,7 @@ class Planner:
         """Decodes and running prefills; returns the decodes' columns, their sequences and the budget left."""
         decoding = self.book.decoding.items[:budget]
         chunk_budget = budget - len(decoding)
-        if self.speculation is not None:
-            self._drafts_left = self._room_for_drafts(self.speculation, chunk_budget)
+        self._drafts_left = min(chunk_budget, self.room_for_drafts)
         limit = self.traits.recompute_tokens
         self._recompute_left = budget if limit is None else max(self.config.block_size, limit - len(decoding))
         scheduled: list[Sequence] = []
@@ -182,14 +183,15 @@ class Planner:
         self._set_attention(seq)
         return True
 
-    def _room_for_drafts(self, speculation: Speculation, budget: int) -> int:
-        """Drafts of this step; none where somebody prefills or waits, for whom the tokens are."""
+    @property
+    def room_for_drafts(self) -> int:
+        """Drafts that a step may compute; none where somebody prefills or waits, for whom the tokens are."""
         book = self.book
-        if book.prefilling or book.waiting:
+        if self.speculation is None or book.prefilling or book.waiting:
             return 0
         num_decoding = len(book.decoding)
         context_tokens = sum([seq.num_computed + 1 for seq in book.decoding])
-        return speculation.room(num_decoding, context_tokens, min(budget, self.config.max_num_seqs - num_decoding))
+        return self.speculation.room(num_decoding, context_tokens, self.config.max_num_seqs - num_decoding)
 
     def _verify(self, seq: Sequence, speculation: Speculation) -> bool:
         """Computes drafts behind the last token, in a chunk; whether the sequence is served so.

@@ -204,7 +204,7 @@ class Scheduler:
         self._lifecycle.expire(now)
         if self._book.masked and self._book.awaits_masked:
             return None  # a step without those would only split the batch in two that take turns
-        if self._speculation is not None and self._flights:
+        if self._flights and (self._flights[-1].has_drafts or self._planner.room_for_drafts):
             return None  # guesses follow the last token, which must be known
         token_limit = None
         if self._book.intercepted or self._book.unplaced or self.swaps.is_in_use or not self.order.is_arrival:
