@@ -185,6 +185,24 @@ def test_a_return_is_ahead_of_newcomers_by_its_head_start_at_most(
     assert [event.request_id for event in rig.told(Finished)] == order
 
 
+@pytest.mark.parametrize("policy", ["preserve", "min-waste", "swap"])
+def test_a_context_that_waits_behind_the_queues_head_gives_it_its_blocks(policy: str):
+    """Else its blocks are nobody's while others run: the pool fills with such contexts, and one sequence runs."""
+    rig = Rig(make_policy(policy, HAND), num_blocks=8, return_head_start_s=0.0)
+    busy = rig.add("busy", PROMPT, max_tokens=12)
+    old = rig.add("old", tuple(range(1, 17)), scripted(1), max_tokens=2)
+    until_intercepted(rig)
+    rig.clock.advance(1.0)
+    new = rig.add("new", tuple(range(101, 113)), max_tokens=2)
+    rig.clock.advance(1.0)
+    rig.engine.resume(old, ANSWER)
+    plan = rig.step()
+    assert plan is not None and [chunk.seq_id for chunk in plan.chunks] == [new] and plan.decodes.seq_ids == (busy,)
+    rig.run()
+    assert [event.request_id for event in rig.told(Finished)] == ["new", "busy", "old"]
+    assert rig.scheduler.counters.preemptions == 0
+
+
 @pytest.mark.parametrize("depth", [0, 1])
 def test_a_timeout_tells_the_model(depth: int):
     rig = Rig(depth=depth)

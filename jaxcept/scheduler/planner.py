@@ -4,6 +4,7 @@ Order and progress. Running sequences are served by (arrival, seq_id), which an 
 return that is further ahead of newcomers than the policy's head start allows; its arrival is later then). The waiting
 are admitted by rank, then arrival. When memory is short, whoever arrived last among those that hold blocks yields: a
 RUNNING sequence is preempted, an idle context (INTERCEPTED, or WAITING after its return) gives up blocks from its tail.
+To the queue's head, contexts that wait behind it give up theirs, the last in the queue first.
 So nothing deadlocks and nobody starves:
 
 - Take the earliest sequence that is not INTERCEPTED. If RUNNING it never yields for memory, for all other holders
@@ -387,7 +388,7 @@ class Planner:
             found, num_found = source.blocks[: self.config.blocks_for(shared)], shared
         else:
             source, num_found = None, seq.num_computed + len(found) * self.config.block_size
-        if not self._fits(seq, found, num_found):
+        if not self._make_way(seq, source, found, num_found):
             seq.num_computed = num_kept
             return None
         if found:
@@ -418,15 +419,37 @@ class Planner:
 
     def _fits(self, seq: Sequence, found: list[int], num_found: int) -> bool:
         """Whether the sequence can run beside those that do. Where none does it can: idle contexts yield."""
-        if not self.book.num_running:
-            return True
+        return not self.book.num_running or self._lacking(seq, found, num_found) <= 0
+
+    def _lacking(self, seq: Sequence, found: list[int], num_found: int) -> int:
+        """Blocks that are not available and that the sequence needs to run beside those that do."""
         pool = self.memory.pool
         num_taken = sum(1 for block in found if pool.refs[block] == 0)
         need = self._need(seq) - len(found) + num_taken
         if num_found % self.config.block_size and found:
             need += 1  # the last block that is found is partly filled: it will be copied
         promised = sum(self.memory.missing(other, len(other.token_ids)) for other in self.book.prefilling)
-        return pool.num_available >= need + promised + self.config.watermark_blocks
+        return need + promised + self.config.watermark_blocks - pool.num_available
+
+    def _make_way(self, seq: Sequence, source: Sequence | None, found: list[int], num_found: int) -> bool:
+        """Contexts that wait behind the sequence in the queue give up blocks to it, the last of them first: to the host
+        as far as that hides, else they are computed again. Not the one whose blocks it shares. Whether it fits then.
+
+        Nobody else could have those blocks, and while they lie idle nobody else could run.
+        """
+        if self._fits(seq, found, num_found):
+            return True
+        key = attrgetter("queue_key")
+        waiting = [other for other in self.book.holders.values() if other.state is SeqState.WAITING]
+        behind = [other for other in waiting if key(other) > key(seq) and not other.num_pending and other is not source]
+        behind.sort(key=key)
+        while behind and not self._fits(seq, found, num_found):
+            holder = behind.pop()
+            num_blocks = min(len(holder.blocks), self._lacking(seq, found, num_found))
+            keep = len(holder.blocks) - num_blocks
+            self.swaps.swap_out(holder, num_blocks)
+            self.shrink(holder, keep)
+        return self._fits(seq, found, num_found)
 
     def _take_from_idle(self, seq: Sequence) -> None:
         """Makes room for an admission: idle contexts yield, the latest arrival first."""

@@ -207,7 +207,8 @@ class Scheduler:
         if self._flights and (self._flights[-1].has_drafts or self._planner.room_for_drafts):
             return None  # guesses follow the last token, which must be known
         token_limit = None
-        if self._book.intercepted or self._book.unplaced or self.swaps.is_in_use or not self.order.is_arrival:
+        book = self._book
+        if book.intercepted or book.holders or book.unplaced or self.swaps.is_in_use or not self.order.is_arrival:
             batch = self._batch_view(now)
             self._ranking.batch = batch
             self.swaps.begin_step(self._next_step_id, self.policy.swap_budget(batch))
