@@ -23,7 +23,10 @@ COMPILERS = ("c++", "g++", "clang++")
 # Contraction makes a * b + c one rounding in every variant of a loop, which the kernels' bitwise promises stand on.
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
 TUNING = ("-march=native", "-mcpu=native")  # the first that the compiler takes; arm compilers may know the second alone
-TARGETS = ("jaxcept_linear", "jaxcept_linear_bias", "jaxcept_paged_attention", "jaxcept_write_kv")
+TARGETS = (
+    *("jaxcept_linear", "jaxcept_linear_bias", "jaxcept_grouped_linear"),
+    *("jaxcept_paged_attention", "jaxcept_write_kv"),
+)
 COMPILE_LIMIT_S = 300.0
 
 

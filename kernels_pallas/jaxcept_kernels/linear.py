@@ -15,12 +15,22 @@ PANEL = 16
 
 
 def pack_weight(
-    weight: jax.Array,  # [in, out]
+    weight: jax.Array,  # [..., in, out]
 ) -> jax.Array:
-    """The weight in panels for `linear`: [ceil(out / 16), in, 16], padded with zeros."""
-    features, out = weight.shape
-    padded = jnp.pad(weight, ((0, 0), (0, -out % PANEL)))
-    return padded.reshape(features, -1, PANEL).transpose(1, 0, 2)
+    """The weight in panels for `linear`: [..., ceil(out / 16), in, 16], padded with zeros."""
+    *several, features, out = weight.shape
+    padded = jnp.pad(weight, (*[(0, 0)] * (weight.ndim - 1), (0, -out % PANEL)))
+    return padded.reshape(*several, features, -1, PANEL).swapaxes(-3, -2)
+
+
+def unpack_weight(
+    packed: jax.Array,  # [..., ceil(out / 16), in, 16]
+    out_features: int,
+) -> jax.Array:
+    """The weight that was packed: [..., in, out]."""
+    *several, panels, features, _ = packed.shape
+    whole: jax.Array = packed.swapaxes(-3, -2).reshape(*several, features, panels * PANEL)
+    return whole[..., :out_features]
 
 
 def linear(

@@ -1,4 +1,4 @@
-// y = x W + bias for a weight packed in panels of 16 columns.
+// y = x W + bias for a weight packed in panels of 16 columns; or for rows in groups that have a weight each.
 //
 // Every output is one chain of fused multiply-adds over k = 0, 1, ..., K - 1. Tiles, blocks and threads change the
 // order in which outputs are computed, never the chain of one of them: a row's result is the same bits whatever shares
@@ -189,6 +189,27 @@ ffi::Error linear_bias(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffe
   return ffi::Error::Success();
 }
 
+// Rows lie sorted by group; those behind the last group come out zero.
+ffi::Error grouped_linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> w,
+                          ffi::Buffer<ffi::S32> sizes, ffi::Result<ffi::Buffer<ffi::F32>> y) {
+  const auto xs = x.dimensions(), ws = w.dimensions(), ys = y->dimensions();
+  if (xs.size() != 2 || ws.size() != 4 || ys.size() != 2 || xs[1] != ws[2] || ws[3] != kPanel || xs[0] != ys[0] ||
+      (ys[1] + kPanel - 1) / kPanel != ws[1] || sizes.element_count() != static_cast<size_t>(ws[0]))
+    return ffi::Error::InvalidArgument(
+        "grouped_linear: expected x [M, K], weight [E, ceil(N / 16), K, 16], sizes [E], y [M, N]");
+  const int64_t M = xs[0], K = xs[1], N = ys[1];
+  int64_t row = 0;
+  for (int64_t e = 0; e < ws[0]; ++e) {
+    const int64_t count = sizes.typed_data()[e];
+    if (count < 0 || count > M - row) return ffi::Error::InvalidArgument("grouped_linear: more rows than x has");
+    run(pool, {x.typed_data() + row * K, w.typed_data() + e * ws[1] * K * kPanel, nullptr, y->typed_data() + row * N,
+               count, K, N});
+    row += count;
+  }
+  std::fill(y->typed_data() + row * N, y->typed_data() + M * N, 0.0f);
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace jaxcept
 
@@ -205,4 +226,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcept_linear_bias, jaxcept::linear_bias,
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcept_grouped_linear, jaxcept::grouped_linear,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
