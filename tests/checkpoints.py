@@ -40,6 +40,7 @@ _GPTJ: dict[str, Any] = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
+_EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 _BUILDERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "gptj": (transformers.GPTJConfig, _GPTJ),
     "llama2": (transformers.LlamaConfig, _LLAMA | {"num_key_value_heads": 4}),
@@ -47,6 +48,8 @@ _BUILDERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "mistral": (transformers.MistralConfig, _LLAMA | {"head_dim": 32, "sliding_window": None}),
     "qwen25": (transformers.Qwen2Config, _LLAMA | {"tie_word_embeddings": True}),
     "qwen3": (transformers.Qwen3Config, _LLAMA | {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3moe": (transformers.Qwen3MoeConfig, _LLAMA | _EXPERTS | {"head_dim": 32, "norm_topk_prob": True}),
+    "mixtral": (transformers.MixtralConfig, _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 FAMILIES = tuple(_BUILDERS)
 

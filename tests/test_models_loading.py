@@ -63,11 +63,14 @@ def by_path(model: Model) -> dict[str, np.ndarray]:
 def test_every_row_of_every_array_has_one_source(family: str, tmp_path: Path) -> None:
     config = read_config(build_checkpoint(family, tmp_path))
     for path, parts in (gptj_weights(config) if family == "gptj" else llama_weights(config)).items():
-        if len(parts) == 1:
-            assert parts[0].rows is None, path
-        else:
-            rows = np.sort(np.concatenate([part.rows for part in parts if part.rows is not None]))
-            assert np.array_equal(rows, np.arange(len(rows))), path
+        for entry in {part.entry for part in parts}:
+            filled = [part.rows for part in parts if part.entry == entry]
+            if len(filled) == 1:
+                assert filled[0] is None, path
+            else:
+                rows = np.sort(np.concatenate([rows for rows in filled if rows is not None]))
+                assert np.array_equal(rows, np.arange(len(rows))), path
+        assert [part.entry for part in parts if part.rows is None] in ([None], [], list(range(config.num_experts)))
 
 
 def test_fused_arrays_are_laid_out_by_kv_head_and_by_block(qwen: Path) -> None:

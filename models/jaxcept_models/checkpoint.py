@@ -93,7 +93,10 @@ def restore_arrays(
 
 def rows_for(parts: Sequence[Part], stored: Sequence[Part]) -> Rows | None:
     """For each row of an array made of `parts`, the row of the array made of `stored` that it is; None if all are the
-    same. Both are made of the same tensors, of which `parts` may take some twice."""
+    same. Both are made of the same tensors, of which `parts` may take some twice. Arrays of several matrices are the same.
+    """
+    if any(part.entry is not None for part in parts):
+        return None
     known = {part.tensor: part.rows for part in stored}
     pairs = [(part.rows, known[part.tensor]) for part in parts]
     rows = np.zeros(sum(len(place) for place, _ in pairs if place is not None), np.intp)
@@ -104,7 +107,7 @@ def rows_for(parts: Sequence[Part], stored: Sequence[Part]) -> Rows | None:
 
 
 def _stored_shape(leaf: Leaf, sources: WeightMap) -> tuple[int, ...]:
-    rows = sum(len(part.rows) for part in sources[leaf.path] if part.rows is not None)
+    rows = sum(len(part.rows) for part in sources[leaf.path] if part.rows is not None and part.entry is None)
     return (rows, *leaf.shape[1:]) if rows else leaf.shape
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from jaxcept_models.errors import CheckpointError
 from jaxcept_models.fields import Fields, read_json
@@ -12,14 +13,19 @@ from jaxcept_models.rope import LinearScaling, Llama3Scaling, RopeConfig, Scalin
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED = ("GPTJForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+SUPPORTED = (
+    *("GPTJForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"),
+    *("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+)
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _BY_MODEL_TYPE = {
     "gptj": "GPTJForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 
 
@@ -33,7 +39,7 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    intermediate_size: int
+    intermediate_size: int  # of the MLP; of each expert where there are several
     vocab_size: int
     max_position_embeddings: int  # the longest context that the model computes as it was trained
     norm_eps: float
@@ -43,6 +49,9 @@ class ModelConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    num_experts: int = 0  # MLPs in each layer, of which a token takes some; 0 for a layer that has one
+    num_experts_per_token: int = 0
+    norm_topk_prob: bool = False  # a token's shares of its experts sum to one
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()  # any of them ends a text
@@ -56,6 +65,10 @@ class ModelConfig:
             raise ValueError(f"num_heads={self.num_heads}: expected a multiple of num_kv_heads={self.num_kv_heads}")
         if self.rope.rotary_dim > self.head_dim:
             raise ValueError(f"rotary_dim={self.rope.rotary_dim}: expected at most head_dim={self.head_dim}")
+        if self.num_experts and not 1 <= self.num_experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_token={self.num_experts_per_token}: expected 1 to num_experts={self.num_experts}"
+            )
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -126,7 +139,9 @@ def _llama(fields: Fields, architecture: str) -> ModelConfig:
     max_positions = fields.integer("max_position_embeddings", 2048)
     rope, max_positions = _rope(fields, head_dim, max_positions)
     # Qwen2 has its biases by definition; the others follow the config.
-    bias = architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM") and fields.flag("attention_bias", False)
+    can_have_bias = architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+    bias = can_have_bias and fields.flag("attention_bias", False)
+    experts = _experts(fields, architecture)
     return ModelConfig(
         architecture=architecture,
         num_layers=fields.integer("num_hidden_layers"),
@@ -134,7 +149,7 @@ def _llama(fields: Fields, architecture: str) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=fields.integer("num_key_value_heads", heads),
         head_dim=head_dim,
-        intermediate_size=fields.integer("intermediate_size"),
+        intermediate_size=experts.size,
         vocab_size=fields.integer("vocab_size"),
         max_position_embeddings=_within_window(fields, architecture, max_positions),
         norm_eps=fields.number("rms_norm_eps", 1e-6),
@@ -143,10 +158,40 @@ def _llama(fields: Fields, architecture: str) -> ModelConfig:
         qkv_bias=bias or architecture == "Qwen2ForCausalLM",
         output_bias=bias,
         mlp_bias=architecture == "LlamaForCausalLM" and fields.flag("mlp_bias", False),
-        qk_norm=architecture == "Qwen3ForCausalLM",
+        qk_norm=architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+        num_experts=experts.count,
+        num_experts_per_token=experts.per_token,
+        norm_topk_prob=experts.norm_topk_prob,
         initializer_range=fields.number("initializer_range", 0.02),
         bos_token_id=_bos(fields),
         eos_token_ids=_eos(fields),
+    )
+
+
+class _Experts(NamedTuple):
+    """What the fields say of the MLPs of a layer."""
+
+    size: int  # of each MLP
+    count: int = 0
+    per_token: int = 0
+    norm_topk_prob: bool = False
+
+
+def _experts(fields: Fields, architecture: str) -> _Experts:
+    if architecture == "MixtralForCausalLM":
+        count, per_token = fields.integer("num_local_experts", 8), fields.integer("num_experts_per_tok", 2)
+        return _Experts(fields.integer("intermediate_size"), count, per_token, norm_topk_prob=True)
+    if architecture != "Qwen3MoeForCausalLM":
+        return _Experts(fields.integer("intermediate_size"))
+    if fields.integer("decoder_sparse_step", 1) != 1:
+        raise CheckpointError(f"{fields.path}: decoder_sparse_step: layers without experts are not supported")
+    if fields.integers("mlp_only_layers"):
+        raise CheckpointError(f"{fields.path}: mlp_only_layers: layers without experts are not supported")
+    return _Experts(
+        fields.integer("moe_intermediate_size", 768),
+        fields.integer("num_experts", fields.integer("num_local_experts", 128)),  # as published; as transformers 5 says
+        fields.integer("num_experts_per_tok", 8),
+        fields.flag("norm_topk_prob", False),
     )
 
 
@@ -219,8 +264,12 @@ def _within_window(fields: Fields, architecture: str, max_positions: int) -> int
 def _sliding_window(fields: Fields, architecture: str) -> int | None:
     if architecture == "MistralForCausalLM":
         return None if fields.null("sliding_window") else fields.integer("sliding_window", 4096)
+    if architecture == "MixtralForCausalLM":
+        return fields.integer("sliding_window") if fields.present("sliding_window") else None
     if architecture == "LlamaForCausalLM" or not fields.flag("use_sliding_window", False):
         return None
+    if architecture == "Qwen3MoeForCausalLM":  # all layers
+        return None if fields.null("sliding_window") else fields.integer("sliding_window", 4096)
     layers = fields.integer("num_hidden_layers")
     full = fields.texts("layer_types").count("full_attention")
     if full == layers or (not full and fields.integer("max_window_layers", 28) >= layers):

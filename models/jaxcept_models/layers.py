@@ -23,7 +23,7 @@ from jaxcept_models.sharding import ALONE, Parallel, gate_block
 
 
 class Matrix(nnx.Param[jax.Array]):
-    """[in, out], or packed; a checkpoint holds it as [out, in]."""
+    """[in, out], or packed; a checkpoint holds it as [out, in]. Several of them have one more axis before these."""
 
 
 class Table(nnx.Param[jax.Array]):
@@ -117,21 +117,28 @@ def _mean(
     x: jax.Array,  # [..., width] float32
     implementation: Implementation,
 ) -> jax.Array:
-    """The mean over the last axis, which stays: [..., 1].
+    """The mean over the last axis, which stays: [..., 1]."""
+    return total(x, implementation) / x.shape[-1]
+
+
+def total(
+    x: jax.Array,  # [..., width] float32
+    implementation: Implementation,
+) -> jax.Array:
+    """The sum over the last axis, which stays: [..., 1].
 
     XLA's reduction on the CPU picks its order by the size of the batch. The native kernels keep a token's bits free of
     who shares its batch, so beside them the order is spelled out: halves added to halves.
     """
-    width = x.shape[-1]
     if implementation is not Implementation.NATIVE:
-        return jnp.mean(x, axis=-1, keepdims=True)
+        return jnp.sum(x, axis=-1, keepdims=True)
     while x.shape[-1] % 2 == 0:
         half = x.shape[-1] // 2
         x = x[..., :half] + x[..., half:]
-    total = x[..., :1]
+    summed = x[..., :1]
     for i in range(1, x.shape[-1]):
-        total = total + x[..., i : i + 1]
-    return total / width
+        summed = summed + x[..., i : i + 1]
+    return summed
 
 
 class RMSNorm(nnx.Module):

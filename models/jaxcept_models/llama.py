@@ -1,5 +1,8 @@
 # mypy: allow-subclassing-any
-"""Llama and the models of its shape: Mistral (no biases), Qwen2 (biases on q, k, v), Qwen3 (norms on q and k)."""
+"""Llama and the models of its shape: Mistral (no biases), Qwen2 (biases on q, k, v), Qwen3 (norms on q and k).
+
+Mixtral and Qwen3-MoE are Mistral and Qwen3 with experts in place of the MLP.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,20 @@ from flax import nnx
 from jaxcept_kernels.attention import Implementation
 from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
 from jaxcept_models.config import ModelConfig
+from jaxcept_models.experts import Experts
 from jaxcept_models.layers import Attention, Embedding, GatedMLP, Linear, RMSNorm, Step, make_step, run_layers
 from jaxcept_models.sharding import ALONE, Parallel
-from jaxcept_models.weight_map import FusedRows, Part, WeightMap, fused_rows
+from jaxcept_models.weight_map import ExpertNames, FusedRows, Part, WeightMap, fused_rows
+
+# Where the experts of a layer are, and what their matrices are called.
+_EXPERTS = {
+    "MixtralForCausalLM": ("block_sparse_moe", ExpertNames("w1", "w3", "w2")),
+    "Qwen3MoeForCausalLM": ("mlp", ExpertNames("gate_proj", "up_proj", "down_proj")),
+}
 
 
 class LlamaLayer(nnx.Module):
-    """Attention, then the gated MLP, each on a normed input and added to the residual."""
+    """Attention, then the gated MLP or the experts, each on a normed input and added to the residual."""
 
     def __init__(
         self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation, parallel: Parallel = ALONE
@@ -24,7 +34,10 @@ class LlamaLayer(nnx.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, implementation)
         self.attention = Attention(config, dtype, implementation, parallel)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, implementation)
-        self.mlp = GatedMLP(config, dtype, parallel)
+        if config.num_experts:
+            self.mlp: Experts | GatedMLP = Experts(config, dtype, implementation, parallel)
+        else:
+            self.mlp = GatedMLP(config, dtype, parallel)
 
     def __call__(
         self,
@@ -37,7 +50,10 @@ class LlamaLayer(nnx.Module):
         """[tokens, hidden], and the pool with this layer's part of the batch."""
         attended, pool = self.attention(self.attention_norm(hidden), pool, layer, step, layout)
         hidden = hidden + attended
-        return hidden + self.mlp(self.mlp_norm(hidden)), pool
+        normed = self.mlp_norm(hidden)
+        if isinstance(self.mlp, Experts):
+            return hidden + self.mlp(normed, step.meta.query_start[-1]), pool
+        return hidden + self.mlp(normed), pool
 
 
 class Llama(nnx.Module):
@@ -78,7 +94,7 @@ class Llama(nnx.Module):
 
 
 def llama_weights(config: ModelConfig, tensor: int = 1) -> WeightMap:
-    """Tensor names of Llama, Mistral, Qwen2 and Qwen3 checkpoints."""
+    """Tensor names of Llama, Mistral, Mixtral, Qwen2, Qwen3 and Qwen3-MoE checkpoints."""
     weights: dict[str, tuple[Part, ...]] = {
         "embedding.weight": (Part("model.embed_tokens.weight"),),
         "norm.scale": (Part("model.norm.weight"),),
@@ -86,7 +102,7 @@ def llama_weights(config: ModelConfig, tensor: int = 1) -> WeightMap:
     }
     rows = fused_rows(config, tensor)
     for i in range(config.num_layers):
-        layer = _layer_weights(f"model.layers.{i}", rows)
+        layer = _layer_weights(f"model.layers.{i}", rows) | _expert_weights(f"model.layers.{i}", rows, config)
         weights |= {f"layers.{i}.{path}": parts for path, parts in layer.items()}
     return weights
 
@@ -106,3 +122,11 @@ def _layer_weights(prefix: str, rows: FusedRows) -> dict[str, tuple[Part, ...]]:
             f"mlp.down.{kind}": (Part(f"{prefix}.mlp.down_proj.{kind}"),),
         }
     return weights
+
+
+def _expert_weights(prefix: str, rows: FusedRows, config: ModelConfig) -> dict[str, tuple[Part, ...]]:
+    if not config.num_experts:
+        return {}
+    place, names = _EXPERTS[config.architecture]
+    experts = rows.experts(f"{prefix}.{place}", config.num_experts, names)
+    return {f"mlp.{path}": parts for path, parts in experts.items()}

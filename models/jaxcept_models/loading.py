@@ -30,14 +30,15 @@ class Leaf(NamedTuple):
     """One array of a model: its shape as a checkpoint stores its rows, the tensors that fill it, and the last touch."""
 
     path: str
-    shape: tuple[int, ...]  # [out, in] for a matrix
+    shape: tuple[int, ...]  # [out, in] for a matrix, [entries, out, in] for several
     parts: tuple[Part, ...]
     finish: Finish  # from the rows as stored to the array as computed with
     sharding: Sharding | None = None  # of the rows as stored, where the array lies on several devices
 
     def part_shape(self, part: Part) -> tuple[int, ...]:
         """The shape that a part must have in the checkpoint."""
-        return self.shape if part.rows is None else (len(part.rows), *self.shape[1:])
+        shape = self.shape if part.entry is None else self.shape[1:]
+        return shape if part.rows is None else (len(part.rows), *shape[1:])
 
 
 def load_safetensors(
@@ -113,17 +114,25 @@ def _read(leaf: Leaf, dtype: np.dtype[Any], tensors: SafetensorsFolder) -> jax.A
 def _read_part(leaf: Leaf, dtype: np.dtype[Any], tensors: SafetensorsFolder, index: tuple[slice, ...]) -> Tensor:
     """What the checkpoint holds of `index` of a leaf; nothing else of it is read."""
     bounds = [part.indices(size) for part, size in zip(index, leaf.shape, strict=True)]
-    first, last, _ = bounds[0]
-    rows = np.empty([stop - start for start, stop, _ in bounds], dtype)
+    read = np.empty([stop - start for start, stop, _ in bounds], dtype)
     for part in leaf.parts:
-        places = part.rows if part.rows is not None else np.arange(leaf.shape[0])
-        wanted = np.flatnonzero((places >= first) & (places < last))
-        if len(wanted):
-            for where, slab in tensors.slabs(part.tensor, slice(wanted[0], wanted[-1] + 1), index[1:]):
-                here = places[where]
-                is_wanted = (here >= first) & (here < last)
-                rows[here[is_wanted] - first] = slab[is_wanted]
-    return rows
+        if part.entry is None:
+            _read_rows(read, part, tensors, index, leaf.shape[0])
+        elif bounds[0][0] <= part.entry < bounds[0][1]:
+            _read_rows(read[part.entry - bounds[0][0]], part, tensors, index[1:], leaf.shape[1])
+    return read
+
+
+def _read_rows(target: Tensor, part: Part, tensors: SafetensorsFolder, index: tuple[slice, ...], num_rows: int) -> None:
+    """Writes a part's share of `index`, of so many rows in all, to its place in `target`."""
+    first, last, _ = index[0].indices(num_rows)
+    places = part.rows if part.rows is not None else np.arange(num_rows)
+    wanted = np.flatnonzero((places >= first) & (places < last))
+    if len(wanted):
+        for where, slab in tensors.slabs(part.tensor, slice(wanted[0], wanted[-1] + 1), index[1:]):
+            here = places[where]
+            is_wanted = (here >= first) & (here < last)
+            target[here[is_wanted] - first] = slab[is_wanted]
 
 
 def _once(read: Callable[[tuple[slice, ...]], Tensor]) -> Callable[[tuple[slice, ...] | None], Tensor]:

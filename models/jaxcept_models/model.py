@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcept_kernels.attention import Implementation
 from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
-from jaxcept_kernels.linear import pack_weight
+from jaxcept_kernels.linear import pack_weight, unpack_weight
 from jaxcept_models.checkpoint import is_checkpoint, restore_arrays
 from jaxcept_models.config import ModelConfig, read_config
 from jaxcept_models.gptj import GPTJ, gptj_weights
@@ -24,6 +24,7 @@ from jaxcept_models.llama import Llama, llama_weights
 from jaxcept_models.loading import Draw, Leaf, Progress, load_safetensors, random_arrays
 from jaxcept_models.sharding import (
     ALONE,
+    EXPERTS_RULES,
     GPTJ_RULES,
     LLAMA_RULES,
     Parallel,
@@ -50,12 +51,15 @@ class Architecture(NamedTuple):
 
 
 _LLAMA = Architecture(Llama, llama_weights, LLAMA_RULES)
+_EXPERTS = Architecture(Llama, llama_weights, EXPERTS_RULES)
 ARCHITECTURES = {
     "GPTJForCausalLM": Architecture(GPTJ, gptj_weights, GPTJ_RULES),
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,
+    "MixtralForCausalLM": _EXPERTS,
     "Qwen2ForCausalLM": _LLAMA,
     "Qwen3ForCausalLM": _LLAMA,
+    "Qwen3MoeForCausalLM": _EXPERTS,
 }
 
 
@@ -236,7 +240,7 @@ def stored_rows(model: Model) -> Iterator[tuple[Leaf, jax.Array]]:
     _, variables = _outline(model.config, model.dtype, model.implementation, mesh)
     leaves = _leaves(model, variables)
     for leaf, variable, array in zip(leaves, variables.values(), model.weights, strict=True):
-        yield leaf, _unfinish(array, touch=_touch(variable, model), rows=leaf.shape[0], sharding=leaf.sharding)
+        yield leaf, _unfinish(array, touch=_touch(variable, model), rows=leaf.shape[-2], sharding=leaf.sharding)
 
 
 def _leaves(model: Model, variables: dict[str, nnx.Variable[Any]]) -> list[Leaf]:
@@ -259,15 +263,20 @@ def _leaf(path: str, variable: nnx.Variable[Any], sources: WeightMap, model: Mod
     if model.placement is not None:
         computed = model.placement.sharding(path)
         axes = (*computed.spec, *[None] * (len(shape) - len(computed.spec)))
-        stored = NamedSharding(computed.mesh, PartitionSpec(*(axes[::-1] if is_matrix else axes)))
+        stored = NamedSharding(computed.mesh, PartitionSpec(*(_transposed(axes) if is_matrix else axes)))
     finish = partial(_finish, touch=_touch(variable, model), dtype=model.dtype, sharding=computed)
-    return Leaf(path, shape[::-1] if is_matrix else shape, sources[path], finish, stored)
+    return Leaf(path, _transposed(shape) if is_matrix else shape, sources[path], finish, stored)
+
+
+def _transposed(axes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The axes of a matrix, or of several, with rows and columns exchanged."""
+    return (*axes[:-2], axes[-1], axes[-2])
 
 
 @partial(jax.jit, static_argnames=("touch", "dtype", "sharding"))
 def _finish(rows: jax.Array, *, touch: Touch, dtype: jnp.dtype, sharding: NamedSharding | None) -> jax.Array:
     if touch != "none":
-        rows = rows.T
+        rows = rows.swapaxes(-1, -2)
     finished = rows.astype(dtype)
     if touch == "pack":
         finished = pack_weight(finished)
@@ -277,8 +286,8 @@ def _finish(rows: jax.Array, *, touch: Touch, dtype: jnp.dtype, sharding: NamedS
 @partial(jax.jit, static_argnames=("touch", "rows", "sharding"))
 def _unfinish(array: jax.Array, *, touch: Touch, rows: int, sharding: NamedSharding | None) -> jax.Array:
     if touch == "pack":
-        array = array.transpose(1, 0, 2).reshape(array.shape[1], -1)[:, :rows]
-    stored = array if touch == "none" else array.T
+        array = unpack_weight(array, rows)
+    stored = array if touch == "none" else array.swapaxes(-1, -2)
     return stored if sharding is None else jax.lax.with_sharding_constraint(stored, sharding)
 
 

@@ -53,6 +53,12 @@ LLAMA_RULES: Rules = {
     "layers.*.mlp.gate_up.weight": _COLUMNS,
     "layers.*.mlp.gate_up.bias": _ENTRIES,
 }
+EXPERTS_RULES: Rules = {
+    **LLAMA_RULES,
+    "layers.*.mlp.router.weight": _WHOLE,
+    "layers.*.mlp.gate_up.weight": PartitionSpec(None, None, TENSOR),  # each device has its part of every expert
+    "layers.*.mlp.down.weight": PartitionSpec(None, TENSOR, None),
+}
 GPTJ_RULES: Rules = {
     **_SHARED,
     "layers.*.norm.scale": _WHOLE,

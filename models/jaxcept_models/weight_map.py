@@ -18,13 +18,23 @@ class Part(NamedTuple):
     """A tensor of the checkpoint and the row of the array that each of its rows becomes; None for all in their order.
 
     Rows are counted as the checkpoint stores them: a matrix is [out, in] there, so its rows are output features.
+    `entry` is for an array of several matrices, [entries, out, in]: the one that the rows are of.
     """
 
     tensor: str
     rows: Rows | None = None
+    entry: int | None = None
 
 
 WeightMap = Mapping[str, tuple[Part, ...]]  # by the array's path in the module, such as layers.0.mlp.down.weight
+
+
+class ExpertNames(NamedTuple):
+    """What a checkpoint calls the matrices of an expert."""
+
+    gate: str
+    up: str
+    down: str
 
 
 class FusedRows(NamedTuple):
@@ -48,9 +58,21 @@ class FusedRows(NamedTuple):
         """Gate and up in alternating blocks."""
         return (Part(f"{prefix}.gate_proj.{kind}", self.gate), Part(f"{prefix}.up_proj.{kind}", self.up))
 
+    def experts(self, prefix: str, count: int, names: ExpertNames) -> dict[str, tuple[Part, ...]]:
+        """The matrices of all experts, gate and up in alternating blocks."""
+        each = [(entry, f"{prefix}.experts.{entry}") for entry in range(count)]
+        fused = ((names.gate, self.gate), (names.up, self.up))
+        return {
+            "router.weight": (Part(f"{prefix}.gate.weight"),),
+            "gate_up.weight": tuple(
+                Part(f"{expert}.{name}.weight", rows, entry) for entry, expert in each for name, rows in fused
+            ),
+            "down.weight": tuple(Part(f"{expert}.{names.down}.weight", entry=entry) for entry, expert in each),
+        }
+
 
 def fused_rows(config: ModelConfig, tensor: int = 1) -> FusedRows:
-    """How this package lays out what a checkpoint holds apart; see layers.Attention and layers.GatedMLP.
+    """How this package lays out what a checkpoint holds apart; see layers.Attention, layers.GatedMLP and experts.Experts.
 
     Where `tensor` devices are more than there are KV heads, each head comes several times, its queries shared out.
     """
