@@ -39,7 +39,7 @@ def same(a: Model, b: Model) -> bool:
     return places and all(map(np.array_equal, a.weights, b.weights))
 
 
-@pytest.fixture(scope="module", params=["gptj", "qwen25", "qwen3"])
+@pytest.fixture(scope="module", params=["gptj", "qwen25", "qwen3", "qwen3moe"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
 

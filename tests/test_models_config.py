@@ -36,6 +36,18 @@ LLAMA3_SCALING = {
     "rope_type": "llama3",
 }
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 8}
+QWEN3_MOE = LLAMA | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+MIXTRAL = LLAMA | {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "num_key_value_heads": 8, "max_position_embeddings": 32768}
 
 
@@ -96,6 +108,19 @@ def test_qwen_biases_and_norms(tmp_path: Path) -> None:
     assert (qwen3.qkv_bias, qwen3.output_bias, qwen3.qk_norm, qwen3.head_dim) == (False, False, True, 64)
 
 
+def test_experts(tmp_path: Path) -> None:
+    qwen = read(tmp_path, QWEN3_MOE)
+    assert (qwen.intermediate_size, qwen.num_experts, qwen.num_experts_per_token) == (768, 128, 8)
+    assert qwen.norm_topk_prob and qwen.qk_norm and not qwen.qkv_bias
+    renamed = {name: value for name, value in QWEN3_MOE.items() if name != "num_experts"} | {"num_local_experts": 128}
+    assert read(tmp_path, renamed) == qwen
+    assert not read(tmp_path, QWEN3_MOE | {"norm_topk_prob": False}).norm_topk_prob
+    mixtral = read(tmp_path, MIXTRAL)
+    assert (mixtral.intermediate_size, mixtral.num_experts, mixtral.num_experts_per_token) == (11008, 8, 2)
+    assert mixtral.norm_topk_prob and not mixtral.qk_norm
+    assert read(tmp_path, LLAMA).num_experts == 0
+
+
 def test_model_type_stands_in_for_absent_architectures(tmp_path: Path) -> None:
     assert read(tmp_path, LLAMA | {"architectures": None}).architecture == "LlamaForCausalLM"
 
@@ -113,6 +138,11 @@ def test_generation_config_knows_more_ends(tmp_path: Path) -> None:
         (MISTRAL | {"sliding_window": 65536}, 32768),
         (MISTRAL, 4096),  # absent: transformers takes 4096
         (LLAMA | {"sliding_window": 64}, 4096),  # Llama has none
+        (MIXTRAL | {"sliding_window": 64}, 64),
+        (MIXTRAL | {"sliding_window": None}, 4096),
+        (MIXTRAL, 4096),  # absent: none
+        (QWEN3_MOE | {"use_sliding_window": False, "sliding_window": 64}, 4096),
+        (QWEN3_MOE | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 32}, 64),
         (QWEN2 | {"use_sliding_window": False, "sliding_window": 64}, 4096),
         (QWEN2 | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 32}, 4096),
         (QWEN2 | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 28}, 64),
@@ -144,6 +174,10 @@ def test_a_sliding_window_limits_the_context(
         (LLAMA | {"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor 0.5: expected 1 or more"),
         (LLAMA | {"rope_scaling": "linear"}, "rope_scaling is 'linear', expected an object"),
         (LLAMA | {"quantization_config": {"bits": 4}}, "quantized checkpoints are not supported"),
+        (QWEN3_MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step: layers without experts are not supported"),
+        (QWEN3_MOE | {"mlp_only_layers": [0, 3]}, "mlp_only_layers: layers without experts are not supported"),
+        (QWEN3_MOE | {"num_experts_per_tok": 129}, "num_experts_per_token=129: expected 1 to num_experts=128"),
+        (MIXTRAL | {"num_experts_per_tok": 0}, "num_experts_per_token=0: expected 1 to num_experts=8"),
         (LLAMA | {"hidden_size": None}, "hidden_size is missing"),
         (LLAMA | {"hidden_size": "4096"}, "hidden_size is '4096', expected an integer"),
         (LLAMA | {"hidden_size": 4097}, "4097 is not a multiple of its 32 attention heads"),

@@ -118,6 +118,33 @@ def test_missing_tensor(folder: Path) -> None:
     assert str(error.value) == f"{folder / WEIGHTS}: tensor {Q_PROJ} is missing; expected with shape (64, 64)"
 
 
+@pytest.mark.parametrize(
+    ("family", "tensor"),
+    [
+        ("qwen3moe", "model.layers.1.mlp.experts.6.up_proj.weight"),
+        ("mixtral", "model.layers.0.block_sparse_moe.experts.3.w2.weight"),
+    ],
+)
+def test_missing_expert(family: str, tensor: str, tmp_path: Path) -> None:
+    folder = build_checkpoint(family, tmp_path)
+    shape = load_file(folder / WEIGHTS)[tensor].shape
+    edit(folder, lambda tensors: tensors.pop(tensor))
+    with pytest.raises(CheckpointError) as error:
+        load_model(folder)
+    assert str(error.value) == f"{folder / WEIGHTS}: tensor {tensor} is missing; expected with shape {shape}"
+
+
+def test_experts_are_stacked_with_gate_and_up_by_block(tmp_path: Path) -> None:
+    folder = build_checkpoint("mixtral", tmp_path)
+    ours, theirs = by_path(load_model(folder)), load_file(folder / WEIGHTS)
+    for expert in range(4):
+        prefix = f"model.layers.1.block_sparse_moe.experts.{expert}"
+        gate, up, down = (theirs[f"{prefix}.{name}.weight"].T for name in ("w1", "w3", "w2"))
+        columns = [part[:, start : start + 4] for start in range(0, 96, 4) for part in (gate, up)]
+        assert np.array_equal(ours["layers.1.mlp.gate_up.weight"][expert], np.concatenate(columns, axis=1))
+        assert np.array_equal(ours["layers.1.mlp.down.weight"][expert], down)
+
+
 def test_misshapen_tensor(folder: Path) -> None:
     edit(folder, lambda tensors: tensors.update({Q_PROJ: np.zeros((64, 60), np.float32)}))
     with pytest.raises(CheckpointError) as error:

@@ -93,7 +93,7 @@ def restore_arrays(
 
 def rows_for(parts: Sequence[Part], stored: Sequence[Part]) -> Rows | None:
     """For each row of an array made of `parts`, the row of the array made of `stored` that it is; None if all are the
-    same. Both are made of the same tensors, of which `parts` may take some twice. Arrays of several matrices are the same.
+    same. Both are made of the same tensors, of which `parts` may take some twice. Several matrices are always the same.
     """
     if any(part.entry is not None for part in parts):
         return None

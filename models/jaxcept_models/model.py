@@ -240,7 +240,7 @@ def stored_rows(model: Model) -> Iterator[tuple[Leaf, jax.Array]]:
     _, variables = _outline(model.config, model.dtype, model.implementation, mesh)
     leaves = _leaves(model, variables)
     for leaf, variable, array in zip(leaves, variables.values(), model.weights, strict=True):
-        yield leaf, _unfinish(array, touch=_touch(variable, model), rows=leaf.shape[-2], sharding=leaf.sharding)
+        yield leaf, _unfinish(array, touch=_touch(variable, model), rows=leaf.shape[-2:][0], sharding=leaf.sharding)
 
 
 def _leaves(model: Model, variables: dict[str, nnx.Variable[Any]]) -> list[Leaf]:

@@ -72,7 +72,7 @@ class FusedRows(NamedTuple):
 
 
 def fused_rows(config: ModelConfig, tensor: int = 1) -> FusedRows:
-    """How this package lays out what a checkpoint holds apart; see layers.Attention, layers.GatedMLP and experts.Experts.
+    """How this package lays out what a checkpoint holds apart; see layers.Attention, layers.GatedMLP, experts.Experts.
 
     Where `tensor` devices are more than there are KV heads, each head comes several times, its queries shared out.
     """
