@@ -72,6 +72,9 @@ MODELS = {
     "llama-3-8b": Served("llama-3-8b", 1, BOTH),
     "vicuna-13b": Served("vicuna-13b", 1, (Implementation.PALLAS,)),
     "vicuna-13b on 2": Served("vicuna-13b", 2, (Implementation.PALLAS,)),
+    "qwen3-30b-a3b": Served("qwen3-30b-a3b", 1, (Implementation.PALLAS,)),
+    "qwen3-30b-a3b on 4": Served("qwen3-30b-a3b", 4, (Implementation.PALLAS,)),
+    "mixtral-8x7b": Served("mixtral-8x7b", 2, (Implementation.PALLAS,)),
     "llama-3-70b": Served("llama-3-70b", 4, (Implementation.PALLAS,)),
     "llama-3-70b int8": Served("llama-3-70b", 4, (Implementation.PALLAS,), "int8"),
 }
@@ -145,8 +148,8 @@ def programs_of(name: str, layers: int | None, implementation: Implementation, d
 
 def kernel_programs(devices: Devices) -> Iterator[Program]:
     """Every kernel by itself."""
-    for what, layout, lower in kernels(devices.whole):
-        yield compile_program(Task("kernels", what, layout, True, lower), devices)
+    for what, layout, lower, writes in kernels(devices.whole):
+        yield compile_program(Task("kernels", what, layout, writes, lower), devices)
 
 
 class Task(NamedTuple):

@@ -1,12 +1,14 @@
 """The Pallas kernels by themselves, for check_gpu_offline.py: head sizes, block sizes and dtypes that matter.
 
 One program holds a step's kernels of one layer: the write, and the launches for decodes and for prefill chunks.
-Another holds the block moves. All write to a donated pool of 2 GiB, so a copy of it shows.
+Another holds the block moves. These write to a donated pool of 2 GiB, so a copy of it shows. The products of experts
+have no pool.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +17,7 @@ from jax.sharding import Sharding
 
 from jaxcept_kernels.attention import Implementation, paged_attention, write_kv
 from jaxcept_kernels.blocks import copy_blocks, gather_each, scatter_each
+from jaxcept_kernels.grouped import grouped_linear
 from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
 from jaxcept_kernels.pallas.ragged_attention import ragged_paged_attention
 
@@ -49,6 +52,22 @@ class Kernels(NamedTuple):
     what: str
     layout: KVLayout
     lower: Callable[[], Any]
+    writes: bool = True  # to the pool
+
+
+class Product(NamedTuple):
+    """Rows by the matrices of their experts."""
+
+    dtype: str
+    rows: int
+    experts: int
+    num_in: int
+    num_out: int
+
+    @property
+    def name(self) -> str:
+        """Such as `bfloat16 8192 rows, 128 x 2048 x 1536`."""
+        return f"{self.dtype} {self.rows} rows, {self.experts} x {self.num_in} x {self.num_out}"
 
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -59,6 +78,12 @@ CASES = (
     *(Case(dtype, head_dim, 16) for dtype in ("float16", "float32") for head_dim in HEAD_DIMS),
     *(Case("int8", head_dim, block_size) for head_dim in HEAD_DIMS for block_size in (16, 64)),
     *(Case("int8", 128, 16, group) for group in (1, 8)),
+)
+PRODUCTS = (  # of steps of 1,024 and 128 tokens, of all columns and of a fourth
+    *(Product("bfloat16", rows, 128, *sizes) for rows in (8192, 1024) for sizes in ((2048, 1536), (768, 2048))),
+    *(Product("bfloat16", rows, 128, *sizes) for rows in (8192, 1024) for sizes in ((2048, 384), (192, 2048))),
+    *(Product("bfloat16", rows, 8, 4096, 28672) for rows in (2048, 256)),
+    *(Product(dtype, rows, 128, 2048, 1536) for dtype in ("float16", "float32") for rows in (8192, 1024)),
 )
 MOVES = (("bfloat16", 128), ("bfloat16", 80), ("float32", 256), ("int8", 128))
 
@@ -95,6 +120,14 @@ def kernels(sharding: Sharding) -> Iterator[Kernels]:
         move = jax.jit(block_moves(layout), donate_argnums=0)
         lower = _lowering(move, pool_of(layout), ids, ids)
         yield Kernels(f"moves {dtype} D{head_dim} B16", layout, lower)
+    for product in PRODUCTS:
+        operands = (
+            shape(product.dtype, product.rows, product.num_in),
+            shape(product.dtype, product.experts, product.num_in, product.num_out),
+            shape(jnp.int32, product.experts),
+        )
+        lower = _lowering(jax.jit(partial(grouped_linear, implementation=PALLAS)), *operands)
+        yield Kernels(f"experts {product.name}", layout_of(product.dtype, 128, 16), lower, writes=False)
 
 
 def _lowering(program: Any, *shapes: Any) -> Callable[[], Any]:

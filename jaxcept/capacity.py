@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxcept.build import DEFAULT_MAX_MODEL_LEN
 from jaxcept.runner.memory import DEVICE_SHARE, STAGED_BLOCKS
 from jaxcept.scheduler.costs import CostModel, StepLoad, chunk_pairs
-from jaxcept.simulator.rooflines import A100_40GB, A100_80GB, DeviceSheet, ModelShape, from_roofline
+from jaxcept.simulator.rooflines import A100_40GB, A100_80GB, DeviceSheet, ExpertShape, ModelShape, from_roofline
 from jaxcept_kernels.attention import Implementation
 from jaxcept_models.config import ModelConfig, read_config
 from jaxcept_models.footprint import Footprint, num_params
@@ -90,6 +90,7 @@ class Plan:
 
     model: str
     num_params: int
+    num_active_params: int  # that a token meets
     device: str
     tensor: int
     data: int
@@ -150,19 +151,32 @@ def default_max_model_len(model: str) -> int:
 def make_plan(name: str, footprint: Footprint, sheet: DeviceSheet, sizes: Sizes) -> Plan:
     """The plan. ValueError where the weights leave no room for one sequence."""
     memory = plan_memory(name, footprint, sheet, sizes)
-    config, parallel = footprint.config, footprint.parallel
-    params = num_params(config)
-    shape = ModelShape(
-        name, params, config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim,
-        footprint.dtype.itemsize, footprint.kv_element_bytes(sizes.block_size),
-    )  # fmt: skip
+    shape, parallel = model_shape(name, footprint, sizes.block_size), footprint.parallel
+
+    def costs_of(tokens: int) -> CostModel:
+        return from_roofline(name, shape, sheet, parallel.tensor, -(-tokens // parallel.data))
+
+    steps = [decode(costs_of(batch), batch, sizes.context, parallel.data, memory) for batch in BATCHES]
+    tokens = sizes.max_num_batched_tokens
+    steps.append(prefill(costs_of(tokens), tokens, parallel.data))
     costs = from_roofline(name, shape, sheet, parallel.tensor)
-    steps = [decode(costs, batch, sizes.context, parallel.data, memory) for batch in BATCHES]
-    steps.append(prefill(costs, sizes.max_num_batched_tokens, parallel.data))
     saturated = costs.step_s(StepLoad(costs.saturation_tokens, 0, 0, 0))
     return Plan(
-        name, params, sheet.name, parallel.tensor, parallel.data, memory, tuple(steps), costs.saturation_tokens,
-        costs.hidden_tokens(saturated), costs.swap_out_s(sizes.context),
+        name, shape.num_params, shape.active_params, sheet.name, parallel.tensor, parallel.data, memory, tuple(steps),
+        costs.saturation_tokens, costs.hidden_tokens(saturated), costs.swap_out_s(sizes.context),
+    )  # fmt: skip
+
+
+def model_shape(name: str, footprint: Footprint, block_size: int) -> ModelShape:
+    """What the roofline needs of a model."""
+    config = footprint.config
+    experts = None
+    if config.num_experts:
+        each = 3 * config.hidden_size * config.intermediate_size * config.num_layers  # gate, up and down
+        experts = ExpertShape(config.num_experts, config.num_experts_per_token, each)
+    return ModelShape(
+        name, num_params(config), config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads,
+        config.head_dim, footprint.dtype.itemsize, footprint.kv_element_bytes(block_size), experts,
     )  # fmt: skip
 
 

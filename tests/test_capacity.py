@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import pytest
 from checkpoints import build_checkpoint
 
-from jaxcept.capacity import Plan, Sizes, default_max_model_len, parse_devices, plan_capacity
+from jaxcept.capacity import Plan, Sizes, default_max_model_len, model_shape, parse_devices, plan_capacity
 from jaxcept.runner.memory import DEVICE_SHARE
 from jaxcept.runner.runner import DeviceRunner, RunnerConfig
-from jaxcept.simulator.rooflines import A100_80GB, GPTJ_6B, LLAMA_3_70B, LLAMA_31_8B, VICUNA_13B
+from jaxcept.simulator.rooflines import A100_80GB, GPTJ_6B, LLAMA_3_70B, LLAMA_31_8B, VICUNA_13B, ExpertShape
 from jaxcept_kernels.attention import Implementation
 from jaxcept_models.config import ModelConfig
 from jaxcept_models.footprint import Footprint, num_params
@@ -81,6 +81,19 @@ def test_the_compiled_programs_cover_several_devices() -> None:
 def test_parameters_are_the_published_ones(model: str, published: Any) -> None:
     assert num_params(SHAPES[model]) == published.num_params
     assert footprint(model, 1).block_bytes(1) == published.kv_token_bytes
+
+
+@pytest.mark.parametrize(
+    ("model", "published", "active"),
+    # The bytes of the published bfloat16 checkpoints, halved; "3.3B activated" and "12.9B" of the models' cards.
+    [("qwen3-30b-a3b", 61_064_245_248 // 2, 3.3e9), ("mixtral-8x7b", 93_405_585_408 // 2, 12.9e9)],
+)
+def test_parameters_with_experts_are_the_published_ones(model: str, published: int, active: float) -> None:
+    shape = model_shape(model, footprint(model, 1), 16)
+    assert shape.num_params == num_params(SHAPES[model]) == published
+    assert shape.active_params == pytest.approx(active, rel=0.02)
+    assert shape.read_bytes(1) == pytest.approx(2 * shape.active_params)
+    assert shape.read_bytes(10_000) == pytest.approx(shape.weight_bytes)
 
 
 @pytest.mark.parametrize(("tensor", "data"), [(1, 1), (4, 1), (8, 1), (2, 2)])
@@ -161,6 +174,17 @@ def test_a_decode_reads_the_weights_and_contexts_once() -> None:
                                              for step in alone]  # fmt: skip
 
 
+def test_few_tokens_read_few_experts() -> None:
+    experts = ExpertShape(128, 8, 1)
+    assert experts.expected_experts(1) == pytest.approx(8)
+    assert experts.expected_experts(2) == pytest.approx(8 + 8 * 120 / 128)
+    steps = {step.tokens: step.seconds for step in plan("qwen3-30b-a3b", "1xa100-80gb").steps}
+    dense = {step.tokens: step.seconds for step in plan("llama-3-8b", "1xa100-80gb").steps}
+    assert steps[1] < dense[1] < steps[32]  # 3.4e9 of 30.5e9 parameters, then most of them
+    groups = {step.tokens: step.seconds for step in plan("qwen3-30b-a3b", "2xa100-80gb", 2).steps}
+    assert groups[8] < steps[8]
+
+
 @pytest.mark.parametrize(
     ("model", "devices", "data", "message"),
     [
@@ -190,7 +214,10 @@ def test_the_command_prints_tables_and_json(
     assert main(["plan", "llama-3-70b", "--devices", "4xA100-80GB"]) == 0
     text = capsys.readouterr().out
     assert "llama-3-70b, 70.55e9 parameters, on 4 x A100-SXM4-80GB (tensor 4, data 1)" in " ".join(text.split())
-    assert "35.28" in text and "Swap budget" in text
+    assert "35.28" in text and "Swap budget" in text and "experts" not in text
+    assert main(["plan", "mixtral-8x7b", "--devices", "2xA100-80GB"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "46.70e9 parameters (12.88e9 for each token)" in text and "A step reads the experts that" in text
     saved = build_checkpoint("gptj", tmp_path)
     assert main(["plan", str(saved), "--devices", "h200-141gb", "--json", "--max-model-len", "512"]) == 0
     told = json.loads(capsys.readouterr().out)

@@ -24,6 +24,19 @@ PAPER = "InferCept (arXiv 2402.01869), constants profiled in its public code"
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """Experts that stand in for one MLP."""
+
+    num_experts: int
+    num_per_token: int
+    num_params: int  # of one expert, all layers
+
+    def expected_experts(self, tokens: int) -> float:
+        """How many a layer's tokens meet, where each token's are any, evenly and apart from the others' (assumed)."""
+        return self.num_experts * (1 - (1 - self.num_per_token / self.num_experts) ** tokens)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """What a model's configuration says."""
 
@@ -36,6 +49,22 @@ class ModelShape:
     head_dim: int
     dtype_bytes: int = 2
     kv_element_bytes: float | None = None  # None is dtype_bytes
+    experts: ExpertShape | None = None
+
+    @property
+    def active_params(self) -> int:
+        """Parameters that one token meets."""
+        if self.experts is None:
+            return self.num_params
+        idle = self.experts.num_experts - self.experts.num_per_token
+        return self.num_params - idle * self.experts.num_params
+
+    def read_bytes(self, tokens: int) -> float:
+        """Of the parameters that so many tokens meet together."""
+        if self.experts is None:
+            return self.weight_bytes
+        idle = self.experts.num_experts - self.experts.expected_experts(tokens)
+        return (self.num_params - idle * self.experts.num_params) * self.dtype_bytes
 
     @property
     def weight_bytes(self) -> int:
@@ -139,8 +168,17 @@ def step_overhead_s() -> float:
     return GPTJ_PROFILE.base_s - GPTJ_6B.weight_bytes / (A100_80GB.bandwidth * BANDWIDTH_EFFICIENCY)
 
 
-def from_roofline(name: str, model: ModelShape, device: DeviceSheet, num_devices: int) -> CostModel:
-    """Tensor parallel over num_devices: a step reads all weights or is bound by its operations, and attends besides."""
+def from_roofline(
+    name: str,
+    model: ModelShape,
+    device: DeviceSheet,
+    num_devices: int,
+    tokens: int = GPTJ_PROFILE.saturation_tokens,
+) -> CostModel:
+    """Tensor parallel over num_devices: a step reads its weights or is bound by its operations, and attends besides.
+
+    Its weights are all of them; or, of a model with experts, those that a step of so many `tokens` meets.
+    """
     flops = device.flops * COMPUTE_EFFICIENCY * num_devices
     bandwidth = device.bandwidth * BANDWIDTH_EFFICIENCY * num_devices
     num_reduces = 2 * model.num_layers if num_devices > 1 else 0
@@ -158,8 +196,8 @@ def from_roofline(name: str, model: ModelShape, device: DeviceSheet, num_devices
         model=model.name,
         dtype="bfloat16",
         overhead_s=step_overhead_s() + num_reduces * ALL_REDUCE_LATENCY_S,
-        floor_s=model.weight_bytes / bandwidth,
-        token_s=2 * model.num_params / flops + num_reduces * reduced_bytes / peer_bandwidth,
+        floor_s=model.read_bytes(tokens) / bandwidth,
+        token_s=2 * model.active_params / flops + num_reduces * reduced_bytes / peer_bandwidth,
         context_token_s=model.kv_token_bytes / bandwidth,
         pair_s=4 * model.num_layers * model.num_heads * model.head_dim / flops,
         saturation_tokens=GPTJ_PROFILE.saturation_tokens,
@@ -171,13 +209,13 @@ def from_roofline(name: str, model: ModelShape, device: DeviceSheet, num_devices
         sources={
             "overhead_s": "what the published GPT-J profile (10 ms) leaves over the read of its weights, and"
             f" {num_reduces} all-reduces of {ALL_REDUCE_LATENCY_S * 1e6:g} us (assumed)",
-            "floor_s": f"read of all weights; {sheet}; {reaches}",
-            "token_s": f"2 operations a parameter, and the all-reduces' bytes at {device.peer_bandwidth / 1e9:g} GB/s a"
-            f" direction; {sheet}; {reaches}",
+            "floor_s": f"read of {_what_is_read(model, tokens)}; {sheet}; {reaches}",
+            "token_s": f"2 operations a parameter{' that a token meets' if model.experts else ''}, and the all-reduces'"
+            f" bytes at {device.peer_bandwidth / 1e9:g} GB/s a direction; {sheet}; {reaches}",
             "context_token_s": f"read of a token's KV; {sheet}; {reaches}",
             "pair_s": f"4 * layers * heads * head size operations; {sheet}; {reaches}",
             "saturation_tokens": f"{PAPER}: 384 for both models that it gives, taken over; the roofline alone bends at"
-            f" {model.weight_bytes / bandwidth / (2 * model.num_params / flops):.0f}",
+            f" {model.read_bytes(tokens) / bandwidth / (2 * model.active_params / flops):.0f}",
             "kv_token_bytes": f"2 * layers * KV heads * head size * {model.kv_element_size:g} bytes, from the model's"
             " configuration",
             "swap_out_latency_s": "assumed",
@@ -186,6 +224,16 @@ def from_roofline(name: str, model: ModelShape, device: DeviceSheet, num_devices
             "swap_in_token_s": link,
         },
         versions=VERSIONS,
+    )
+
+
+def _what_is_read(model: ModelShape, tokens: int) -> str:
+    if model.experts is None:
+        return "all weights"
+    met = model.experts.expected_experts(tokens)
+    return (
+        f"all weights but those of experts that no token meets: {met:.1f} of {model.experts.num_experts} are met by"
+        f" {tokens} tokens, if each token's are any, evenly and apart from the others' (assumed)"
     )
 
 

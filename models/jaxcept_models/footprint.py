@@ -72,6 +72,8 @@ class Footprint:
         qkv = (part.num_heads + 2 * part.num_kv_heads) * part.head_dim
         if part.architecture == "GPTJForCausalLM":  # attention and MLP side by side
             width = part.intermediate_size + qkv + 3 * part.hidden_size
+        elif part.num_experts:  # the same as below, and the input, for each expert of a token
+            width = part.num_experts_per_token * (3 * part.intermediate_size + part.hidden_size) + 4 * part.hidden_size
         else:  # gate and up, and their product
             width = 3 * part.intermediate_size + qkv + 4 * part.hidden_size
         num_bytes = here * width * self.dtype.itemsize

@@ -373,8 +373,10 @@ _EXAMPLES = {
     "GPTJForCausalLM": "GPT-J",
     "LlamaForCausalLM": "Llama 2, 3, 3.1, 3.2, 3.3, Vicuna",
     "MistralForCausalLM": "Mistral",
+    "MixtralForCausalLM": "Mixtral",
     "Qwen2ForCausalLM": "Qwen2, Qwen2.5",
     "Qwen3ForCausalLM": "Qwen3",
+    "Qwen3MoeForCausalLM": "Qwen3-30B-A3B, Qwen3-235B-A22B",
 }
 
 if __name__ == "__main__":

@@ -71,7 +71,11 @@ def show(plan: Plan, sizes: Sizes, console: Console) -> None:
     """Both tables, and what they assume."""
     memory = plan.memory
     devices = f"{plan.tensor * plan.data} x {plan.device} (tensor {plan.tensor}, data {plan.data})"
-    table = Table(title=f"{plan.model}, {plan.num_params / 1e9:.2f}e9 parameters, on {devices}", title_justify="left")
+    active = ""
+    if plan.num_active_params < plan.num_params:
+        active = f" ({plan.num_active_params / 1e9:.2f}e9 for each token)"
+    title = f"{plan.model}, {plan.num_params / 1e9:.2f}e9 parameters{active}, on {devices}"
+    table = Table(title=title, title_justify="left")
     table.add_column("each device")
     table.add_column("GB", justify="right")
     for what, size in (
@@ -99,6 +103,8 @@ def show(plan: Plan, sizes: Sizes, console: Console) -> None:
         row = (f"{step.tokens:,}", f"{step.context_tokens:,}", f"{step.seconds * 1e3:.2f}", f"{step.tokens_per_s:,.0f}")
         table.add_row(step.what, *row, note)
     console.print(table)
+    if active:
+        console.print("A step reads the experts that its tokens meet, if each token's are any, evenly and by chance.")
     console.print(
         f"Swap budget: {plan.swap_tokens_per_step:,} tokens each way hide behind a step of {plan.saturation_tokens} "
         f"tokens; a context of {sizes.context:,} takes {plan.swap_context_s * 1e3:.1f} ms one way.\n"

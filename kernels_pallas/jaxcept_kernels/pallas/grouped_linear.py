@@ -91,8 +91,9 @@ def make_kernel(tile: ProductTile, features: int, out: int, dtype: jnp.dtype):  
             matrix = pltriton.load(weight_ref.at[(base + k)[:, None], column], mask=is_k[:, None] & is_column, other=0)
             return summed + pltriton.dot(part, matrix, precision=precision)
 
-        num_parts = jnp.where(count > 0, pl.cdiv(features, tile.depth), 0)
-        summed = lax.fori_loop(0, num_parts, body, jnp.zeros((tile.rows, tile.columns), jnp.float32))
+        # Bounds of one type: Triton's compiler wants them, and lowering alone does not tell.
+        num_parts = jnp.where(count > 0, jnp.int32(pl.cdiv(features, tile.depth)), 0)
+        summed = lax.fori_loop(jnp.int32(0), num_parts, body, jnp.zeros((tile.rows, tile.columns), jnp.float32))
         pltriton.store(out_ref.at[line, column], summed.astype(out_ref.dtype), mask=is_row & is_column)
 
     return kernel
