@@ -138,8 +138,9 @@ def test_ragged_batch_mixes_decode_prefill_and_late_chunks(twins: Callable[[str]
         assert_close(np.concatenate(parts), pair.expected(text))
 
 
-def test_bfloat16_stays_close(tmp_path: Path) -> None:
-    folder, ids = build_checkpoint("llama31", tmp_path), prompt(40)
+@pytest.mark.parametrize("family", ["llama31", "qwen3moe"])
+def test_bfloat16_stays_close(family: str, tmp_path: Path) -> None:
+    folder, ids = build_checkpoint(family, tmp_path), prompt(40)
     with torch.no_grad():
         expected = reference_model(folder)(torch.tensor([ids])).logits[0].numpy()
     model = load_model(folder, dtype="bfloat16")

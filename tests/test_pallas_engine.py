@@ -26,11 +26,6 @@ RETURNED = (11, 12, 13)
 PROMPTS = [tuple(int(i) for i in np.random.default_rng(9).integers(3, 150, n)) for n in (5, 21, 13)]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_checkpoint("llama31", tmp_path_factory.mktemp("llama"))
-
-
 @pytest.fixture(autouse=True)
 def exact_products() -> Iterator[None]:
     """On a GPU XLA would round the operands of float32 products."""
@@ -94,10 +89,13 @@ def run_engine(
 
 
 @pytest.mark.usefixtures("greedy_alone")
-@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
+@pytest.mark.parametrize(
+    ("family", "kv_cache_dtype"), [*(("llama31", dtype) for dtype in KV_CACHE_DTYPES), ("qwen3moe", "auto")]
+)
 def test_tokens_with_an_interception_a_swap_and_a_copy_equal_those_of_xla(
-    checkpoint: Path, kv_cache_dtype: str
+    tmp_path: Path, family: str, kv_cache_dtype: str
 ) -> None:
+    checkpoint = build_checkpoint(family, tmp_path, num_hidden_layers=1 if family == "qwen3moe" else 2)
     tokens, swapped = run_engine(checkpoint, "pallas", kv_cache_dtype)
     assert (tokens, swapped) == run_engine(checkpoint, "xla", kv_cache_dtype)
     assert swapped > 0

@@ -30,7 +30,8 @@ def cut_groups(
     # Each group with rows has one tile that may be short of all but one of them.
     most = (num_rows + min(groups, num_rows) * (tile_rows - 1)) // tile_rows
     index = jnp.arange(most, dtype=jnp.int32)
-    group = jnp.searchsorted(tile_end, index, side="right").astype(jnp.int32)
+    # All compared at once: a search by halves is a loop of small kernels in every layer of a step.
+    group = jnp.searchsorted(tile_end, index, side="right", method="compare_all").astype(jnp.int32)
     is_used = group < groups
     group = jnp.minimum(group, groups - 1)
     skipped = (index - (tile_end[group] - per_group[group])) * tile_rows
