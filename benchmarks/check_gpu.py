@@ -30,6 +30,7 @@ SOURCES = (".", "kernels_pallas", "models", "serve")
 TESTS = (
     "test_kernels_attention.py", "test_kernels_blocks.py", "test_kernels_quantized.py",
     "test_pallas_kernels.py", "test_pallas_properties.py", "test_pallas_engine.py",
+    "test_kernels_grouped.py", "test_models_experts.py",
 )  # fmt: skip
 REHEARSED_TESTS = ("test_kernels_blocks.py",)
 ASK = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -18,6 +19,13 @@ from jaxcept_models.sharding import ALONE
 
 HIDDEN, SIZE, EXPERTS, TAKEN = 32, 24, 6, 3
 FLOAT32 = jnp.dtype(jnp.float32)
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Iterator[None]:
+    """On a GPU XLA would round the operands of float32 products."""
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 def make_config(*, norm_topk_prob: bool) -> ModelConfig:

@@ -37,11 +37,3 @@ def cut_groups(
     skipped = (index - (tile_end[group] - per_group[group])) * tile_rows
     rows = jnp.where(is_used, jnp.minimum(tile_rows, group_sizes[group] - skipped), 0)
     return GroupTiles(group, jnp.where(is_used, start[group] + skipped, 0), rows, tile_end[-1])
-
-
-def even_tile_rows(num_rows: int, groups: int, least: int, most: int) -> int:
-    """Rows of a tile, a power of two within the bounds (which are such), where the groups are about as large."""
-    rows = least
-    while rows < most and rows * groups < num_rows:
-        rows *= 2
-    return rows

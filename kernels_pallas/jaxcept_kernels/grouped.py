@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcept_kernels.attention import Implementation
-from jaxcept_kernels.group_tiles import cut_groups, even_tile_rows
+from jaxcept_kernels.group_tiles import cut_groups
 from jaxcept_kernels.library import native_available
 from jaxcept_kernels.linear import PANEL, linear
 from jaxcept_kernels.pallas.grouped_linear import grouped_linear_pallas
@@ -50,7 +50,7 @@ def grouped_linear_xla(
 ) -> jax.Array:
     """The reference: a loop over tiles of one group's rows. Rows behind the last group are zero."""
     rows = x.shape[0]
-    size = even_tile_rows(rows, weight.shape[0], least=16, most=128)
+    size = tile_rows(rows, weight.shape[0])
     tiles = cut_groups(group_sizes, rows, size)
     x = jnp.pad(x, ((0, size), (0, 0)))  # so that every tile's slice is within
     row = jnp.arange(size, dtype=jnp.int32)[:, None]
@@ -64,6 +64,14 @@ def grouped_linear_xla(
 
     done: jax.Array = jax.lax.fori_loop(0, tiles.num_used, body, jnp.zeros((rows + size, out_features), x.dtype))
     return done[:rows]
+
+
+def tile_rows(num_rows: int, groups: int) -> int:
+    """About the rows that a group has on average: 16 to 128, a power of two."""
+    rows = 16
+    while rows < 128 and rows * groups < num_rows:
+        rows *= 2
+    return rows
 
 
 def check_shapes(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> None:

@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from jaxcept_kernels.group_tiles import cut_groups, even_tile_rows
+from jaxcept_kernels.group_tiles import cut_groups
 from jaxcept_kernels.pallas.common import Launch
 
 
@@ -66,10 +66,10 @@ def grouped_linear_pallas(
 
 
 def tile_for(rows: int, groups: int, dtype: jnp.dtype) -> ProductTile:
-    """The sizes for so many rows."""
+    """The sizes for so many rows of so many groups."""
     if dtype == jnp.float32:
         return FLOAT32
-    return FEW if even_tile_rows(rows, groups, FEW.rows, MANY.rows) < MANY.rows else MANY
+    return FEW if rows <= groups * MANY.rows // 2 else MANY
 
 
 def make_kernel(tile: ProductTile, features: int, out: int, dtype: jnp.dtype):  # type: ignore[no-untyped-def]
