@@ -119,11 +119,14 @@ def test_a_row_has_the_same_bits_in_every_batch() -> None:
     assert np.array_equal(unpack_weight(packed, 100), weight)
 
 
+CUT = jax.jit(partial(cut_groups, num_rows=40, tile_rows=16))
+
+
 @pytest.mark.parametrize(
     "sizes", [[5, 0, 16, 17, 0], [0, 0, 0, 0, 0], [40, 0, 0, 0, 0], [8, 8, 8, 8, 8], [1, 1, 1, 1, 33]]
 )
 def test_tiles_have_every_row_once(sizes: list[int]) -> None:
-    tiles = cut_groups(jnp.asarray(sizes, jnp.int32), 40, 16)
+    tiles = CUT(jnp.asarray(sizes, jnp.int32))
     pairs = [
         (int(first) + i, int(group))
         for group, first, rows in zip(tiles.group, tiles.first, tiles.rows, strict=True)
