@@ -228,7 +228,7 @@ def make_kernel(shape: Shape, dtype: jnp.dtype):  # type: ignore[no-untyped-def]
             if shape.soft_cap is not None:
                 scores = shape.soft_cap * jnp.tanh(scores / shape.soft_cap)
             at = (position + query)[:, None]
-            seen = (key[None, :] <= at) & is_row[:, None]
+            seen = key[None, :] <= at  # by rows without a query too, of which nothing is stored
             if shape.window is not None:
                 seen = seen & (key[None, :] > at - shape.window)
             scores = jnp.where(seen, scores * LOG2_E, NEVER)
