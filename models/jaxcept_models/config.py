@@ -159,8 +159,8 @@ def _llama(fields: Fields, architecture: str) -> ModelConfig:
         output_bias=bias,
         mlp_bias=architecture == "LlamaForCausalLM" and fields.flag("mlp_bias", False),
         qk_norm=architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
-        num_experts=experts.number,
-        num_experts_per_token=experts.per_token,
+        num_experts=experts.num_experts,
+        num_experts_per_token=experts.num_per_token,
         norm_topk_prob=experts.norm_topk_prob,
         initializer_range=fields.number("initializer_range", 0.02),
         bos_token_id=_bos(fields),
@@ -172,8 +172,8 @@ class _Experts(NamedTuple):
     """What the fields say of the MLPs of a layer."""
 
     size: int  # of each MLP
-    number: int = 0
-    per_token: int = 0
+    num_experts: int = 0
+    num_per_token: int = 0
     norm_topk_prob: bool = False
 
 
