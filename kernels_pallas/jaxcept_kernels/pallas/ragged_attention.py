@@ -218,9 +218,8 @@ def make_kernel(shape: Shape, dtype: jnp.dtype):  # type: ignore[no-untyped-def]
         def body(i, carry):  # type: ignore[no-untyped-def]
             summed, highest, total = carry
             key = i * keys + jnp.arange(keys, dtype=jnp.int32)
-            is_needed = key < end  # elsewhere the pool holds anything, NaN included
-            if shape.window is not None:
-                is_needed = is_needed & (key >= first)
+            # Elsewhere the pool holds anything, NaN included.
+            is_needed = key < end if shape.window is None else (key >= first) & (key < end)
             block = pltriton.load(tables.at[table + key // size], mask=is_needed, other=0)
             block = jnp.clip(block, 0, layout.num_blocks - 1)
             slots = Slots(((row_ref[0] + block) * kv_heads + head) * layout.block_rows, key % size, is_needed)
