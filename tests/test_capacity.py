@@ -59,7 +59,9 @@ def test_bytes_are_those_of_the_compiled_program(row: dict[str, Any]) -> None:
     here = footprint(row["model"], row["num_devices"], implementation)
     peak = row["argument_bytes"] + row["output_bytes"] - row["alias_bytes"] + row["temp_bytes"]
     if what == "sample":
-        assert here.draw_bytes(int(tokens)) == pytest.approx(row["temp_bytes"], rel=0.03)
+        # Of a vocabulary that is shared XLA may add up a logit from parts, up to four, which then lie beside.
+        parts = 4 * 4 * int(tokens) * here.part.vocab_size if here.parallel.splits_vocabulary else 0
+        assert 0.97 * row["temp_bytes"] - parts < here.draw_bytes(int(tokens)) < 1.03 * row["temp_bytes"]
         return
     assert row["alias_bytes"] == row["pool_bytes"] > 0 and row["pool_bytes"] % here.block_bytes(16) == 0
     ours = here.weight_bytes - head_bytes(here) + row["pool_bytes"] + here.step_bytes(int(tokens))
@@ -72,6 +74,7 @@ def test_the_compiled_programs_cover_several_devices() -> None:
     seen = {(param.values[0]["model"], param.values[0]["num_devices"]) for param in compiled()}
     assert {("gpt-j-6b", 1), ("llama-3-8b", 1), ("llama-3-70b", 4), ("vicuna-13b", 1), ("vicuna-13b", 2)} <= seen
     assert ("llama-3-70b, int8 KV", 4) in seen
+    assert {("qwen3-30b-a3b", 1), ("qwen3-30b-a3b", 4), ("mixtral-8x7b", 2)} <= seen
 
 
 @pytest.mark.parametrize(
