@@ -25,6 +25,11 @@ settings.register_profile("jaxcept", deadline=None, derandomize=True, suppress_h
 settings.load_profile("jaxcept")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The soak first: it takes its time whatever else runs, and last it would run alone."""
+    items.sort(key=lambda item: item.path.name != "test_soak.py")
+
+
 @pytest.fixture(scope="session")
 def slow_costs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cost model's file. What an engine measures on a busy machine may be anything, and its policy goes by it."""
