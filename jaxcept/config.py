@@ -91,7 +91,7 @@ class EngineConfig:
     template. compilation_cache: folder of XLA's persistent cache; "" is none. intercept_policy: where contexts wait for
     their tools. host_pool_gb: GiB of pinned host memory where contexts may wait; None is 4 on a GPU and as much as the
     KV pool on a CPU, as far as the policy uses it. queue_order: who is served first. return_head_start_s: what a
-    tool's return is ahead of newcomers at most, seconds; None is the policy's (30 for min-waste). speculative_config:
+    tool's return is ahead of newcomers at most, seconds; None is the policy's (300 for min-waste). speculative_config:
     guesses of the next tokens that a step verifies all at once, None for none; a mapping or JSON with vLLM's names:
     method "ngram", num_speculative_tokens (8), prompt_lookup_max (4), prompt_lookup_min (2). duration_estimator:
     how long a tool will still take. cost_model: a file of `jaxcept profile`; without one the engine measures itself

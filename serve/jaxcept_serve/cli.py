@@ -142,7 +142,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SECONDS",
         dest="return_head_start_s",
-        help="most that a tool's return is ahead of newcomers in the queue (default: the policy's, 30 for min-waste)",
+        help="most that a tool's return is ahead of newcomers in the queue (default: the policy's, 300 for min-waste)",
     )
     group.add_argument(
         "--speculative-config",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxcept.scheduler.costs import Costs
-from jaxcept.scheduler.orders import STARVATION_S
 from jaxcept.scheduler.policies.base import PolicyBase, blocks_to_swap, hidden_blocks, swappable_blocks
 from jaxcept.scheduler.policy import BatchView, InterceptedView, Placement, Traits
 from jaxcept.scheduler.waste import chunked_discard_waste, num_chunks, preserve_waste
 
+HEAD_START_S = 300.0  # for agents whose turns take minutes: with less, everybody begins and few end
 COSTLY_SHARE = 0.2  # of the shortest step, by which a block of tokens may prolong it and still count as little
 
 
@@ -38,7 +38,7 @@ class MinWaste(PolicyBase):
         prefix_caching: bool = True,
         spares: bool = True,
         saturates: bool = False,
-        head_start_s: float = STARVATION_S,
+        head_start_s: float = HEAD_START_S,
     ) -> None:
         limit = costs.saturation_tokens if saturates else None
         extra_s = costs.forward_s(block_size) - costs.forward_s(1)
