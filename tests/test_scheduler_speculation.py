@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from jaxcept.scheduler.events import Finished, Intercepted
 from jaxcept.scheduler.lookup import Lookup
 from jaxcept.scheduler.plan import ChunkKind
 from jaxcept.scheduler.speculation import Speculation, SpeculationConfig
+from jaxcept.scheduler.watcher import WatcherError
 from tests.costs import HAND
 from tests.fakes import FakeWatcher, Rig, scripted
 from tests.workloads import Guesses
@@ -121,6 +123,19 @@ def test_drafts_under_a_mask_are_those_that_it_allows() -> None:
     assert guessed.scheduler.counters.accepted_draft_tokens > 5
     masks = [mask.draw for plan in guessed.runner.plans for mask in plan.masks]
     assert max(masks) > 0 and guessed.scheduler.counters.rejected_tokens == 0
+
+
+class Blind(FakeWatcher):
+    """Cannot look ahead."""
+
+    def masks_behind(self, token_ids: Sequence[int]) -> Sequence[bytes | None]:
+        raise WatcherError("too deep")
+
+
+def test_a_watcher_that_cannot_look_ahead_gets_no_drafts_and_goes_on() -> None:
+    plain, blind = run(None, FakeWatcher(masks=(1, 1))), run(Guesses(1000), Blind(masks=(1, 1)))
+    assert [event.token_ids for event in blind.told(Finished)] == [event.token_ids for event in plain.told(Finished)]
+    assert blind.scheduler.counters.draft_tokens == 0
 
 
 def test_where_nothing_stood_before_the_grammar_guesses() -> None:

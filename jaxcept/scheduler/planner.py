@@ -46,7 +46,7 @@ class Flight(NamedTuple):
     seq_ids: tuple[int, ...]
     num_decodes: int
     dropped: set[int]  # seq_ids whose token is stale by now
-    has_drafts: bool = False
+    num_drafts: int = 0
 
 
 @dataclass(slots=True)
@@ -111,9 +111,9 @@ class Planner:
         counters = self.book.counters
         counters.steps += 1
         counters.decode_tokens += len(seqs)
-        for chunk in self._draft.chunks:
-            counters.decode_tokens += chunk.kind is ChunkKind.DRAFT
-            counters.draft_tokens += chunk.num_drafts
+        counters.decode_tokens += sum([chunk.kind is ChunkKind.DRAFT for chunk in self._draft.chunks])
+        num_drafts = sum([chunk.num_drafts for chunk in self._draft.chunks])
+        counters.draft_tokens += num_drafts
         num_decodes = len(seqs)
         if self._draft.chunks:
             for seq in self._draft.seqs:
@@ -134,8 +134,7 @@ class Planner:
             masks=(*_masks(seqs), *self._draft.masks) if self.book.masked else (),
         )
         seq_ids = decodes.seq_ids if num_decodes == len(seqs) else tuple([seq.seq_id for seq in seqs])
-        has_drafts = any(chunk.num_drafts for chunk in self._draft.chunks)
-        return plan, Flight(self._draft.step_id, seqs, seq_ids, num_decodes, set(), has_drafts)
+        return plan, Flight(self._draft.step_id, seqs, seq_ids, num_decodes, set(), num_drafts)
 
     # Running sequences: memory goes to the earliest first, tokens to decodes first.
 
@@ -207,14 +206,10 @@ class Planner:
             return True
         assert seq.row is not None
         token_ids = (seq.token_ids[position], *drafts)
-        chunk = Chunk(
-            seq.seq_id, seq.row, ChunkKind.DRAFT, position, token_ids, samples=True, num_drafts=len(drafts)
-        )  # fmt: skip
+        chunk = Chunk(seq.seq_id, seq.row, ChunkKind.DRAFT, position, token_ids, True, num_drafts=len(drafts))
         self._draft.chunks.append(chunk)
         self._draft.seqs.append(seq)
-        self._draft.masks += [
-            Mask(seq.row, mask, draw) for draw, mask in enumerate(masks, start=1) if mask is not None
-        ]  # fmt: skip
+        self._draft.masks += [Mask(seq.row, mask, draw) for draw, mask in enumerate(masks, 1) if mask is not None]
         self._drafts_left -= len(drafts)
         seq.is_known_only = bool(drafts)
         seq.num_computed = position + 1
@@ -443,9 +438,9 @@ class Planner:
         waiting = [other for other in self.book.holders.values() if other.state is SeqState.WAITING]
         behind = [other for other in waiting if key(other) > key(seq) and not other.num_pending and other is not source]
         behind.sort(key=key)
-        while behind and not self._fits(seq, found, num_found):
+        while behind and (lacking := self._lacking(seq, found, num_found)) > 0:
             holder = behind.pop()
-            num_blocks = min(len(holder.blocks), self._lacking(seq, found, num_found))
+            num_blocks = min(len(holder.blocks), lacking)
             keep = len(holder.blocks) - num_blocks
             self.swaps.swap_out(holder, num_blocks)
             self.shrink(holder, keep)

@@ -204,7 +204,7 @@ class Scheduler:
         self._lifecycle.expire(now)
         if self._book.masked and self._book.awaits_masked:
             return None  # a step without those would only split the batch in two that take turns
-        if self._flights and (self._flights[-1].has_drafts or self._planner.room_for_drafts):
+        if self._flights and (self._flights[-1].num_drafts or self._planner.room_for_drafts):
             return None  # guesses follow the last token, which must be known
         token_limit = None
         book = self._book
@@ -228,14 +228,14 @@ class Scheduler:
         assert flight.step_id == plan.step_id == result.step_id, (
             f"results out of order: step {flight.step_id} is due, got {result.step_id} for plan {plan.step_id}"
         )
-        drawn = len(plan.sampling_seq_ids) if plan.chunks else len(flight.seqs)
+        drawn = len(flight.seqs) + flight.num_drafts
         assert len(result.token_ids) == drawn, f"{len(result.token_ids)} tokens for {drawn} draws"
         self.swaps.settle(result)
         if result.prompt_logprobs:
             self._take_prompt_logprobs(plan, result)
         seqs, seq_ids, token_ids = flight.seqs, flight.seq_ids, result.token_ids
         trials: list[Trial] = []
-        if self._speculation is not None:
+        if flight.num_drafts:
             token_ids, trials = split_draws(plan, seqs, token_ids)
             trials = [trial for trial in trials if trial.seq.seq_id not in flight.dropped]
         for seq in seqs[flight.num_decodes :]:

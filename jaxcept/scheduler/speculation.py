@@ -12,6 +12,7 @@ the sequence writes to anyway, so they never take memory.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from jaxcept.scheduler.costs import Costs, StepLoad
 from jaxcept.scheduler.lookup import Lookup
 from jaxcept.scheduler.plan import Chunk, StepPlan
 from jaxcept.scheduler.sequence import SeqState, Sequence
+
+logger = logging.getLogger(__name__)
 
 RIGHT = 0.5  # share of drafts that is taken to be right where it is asked whether they pay
 
@@ -88,10 +91,14 @@ class Speculation:
         guessed, watcher = self.guess(seq, limit), seq.watcher
         if watcher is None:
             return Drafts(guessed, (None,) * len(guessed))
-        masks = tuple(watcher.masks_behind(guessed)) if guessed else ()
-        if not masks and seq.mask is not None:  # the grammar's own guess
-            guessed = tuple(watcher.forced())[:limit]
+        try:
             masks = tuple(watcher.masks_behind(guessed)) if guessed else ()
+            if not masks and seq.mask is not None:  # the grammar's own guess
+                guessed = tuple(watcher.forced())[:limit]
+                masks = tuple(watcher.masks_behind(guessed)) if guessed else ()
+        except Exception as error:  # where a draw leads there, the watcher says so again and ends its sequence
+            logger.debug("sequence %d gets no drafts: %s", seq.seq_id, error)
+            return NO_DRAFTS
         return Drafts(guessed[: len(masks)], masks)
 
     def guess(self, seq: Sequence, limit: int) -> tuple[int, ...]:
@@ -138,13 +145,11 @@ class Trial(NamedTuple):
         )
 
     def end(self) -> int:
-        """The sequence decodes on from its last token; returns how many drafts were right."""
-        seq, right = self.seq, 0
-        while right < len(self.drafts) and self.drawn[right] == self.drafts[right]:
-            right += 1
+        """The sequence decodes on from its last token; returns how many drafts are among its tokens."""
+        seq = self.seq
         if seq.state is SeqState.RUNNING:
             seq.num_computed = min(seq.num_computed, len(seq.token_ids) - 1)
-        return right
+        return sum([draft == token for draft, token in zip(self.drafts, self.drawn[: self.num_taken], strict=False)])
 
 
 def split_draws(plan: StepPlan, seqs: Seq[Sequence], token_ids: tuple[int, ...]) -> tuple[tuple[int, ...], list[Trial]]:
