@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from jaxcept_kernels.group_tiles import cut_groups
 from jaxcept_kernels.pallas.common import Launch
+from jaxcept_kernels.pallas.tiles import check_tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +26,7 @@ class ProductTile:
     stages: int  # iterations whose loads are under way at once
 
     def __post_init__(self) -> None:
-        for name in ("rows", "columns", "depth"):
-            value = getattr(self, name)
-            if value < 16 or value & (value - 1):
-                raise ValueError(f"{name}={value}: expected a power of two, 16 or more")
-        for name in ("warps", "stages"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
+        check_tile(self, ("rows", "columns", "depth"))
 
 
 # By the rows that a group has on average. Chosen by registers and shared memory; not measured.

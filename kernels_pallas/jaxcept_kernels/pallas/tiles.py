@@ -22,13 +22,18 @@ class Tile:
     stages: int  # iterations whose loads are under way at once
 
     def __post_init__(self) -> None:
-        for name in ("rows", "keys"):
-            value = getattr(self, name)
-            if value < 16 or value & (value - 1):
-                raise ValueError(f"{name}={value}: expected a power of two, 16 or more")
-        for name in ("warps", "stages"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
+        check_tile(self, ("rows", "keys"))
+
+
+def check_tile(tile: object, sizes: tuple[str, ...]) -> None:
+    """ValueError, naming the field, unless these are powers of two from 16 on and there are warps and stages."""
+    for name in sizes:
+        value = getattr(tile, name)
+        if value < 16 or value & (value - 1):
+            raise ValueError(f"{name}={value}: expected a power of two, 16 or more")
+    for name in ("warps", "stages"):
+        if getattr(tile, name) < 1:
+            raise ValueError(f"{name}={getattr(tile, name)}: expected 1 or more")
 
 
 @dataclass(frozen=True, slots=True)
