@@ -1,9 +1,9 @@
 """Servers of the same model side by side, one under each policy, in one run: what does a tool's pause cost?
 
     python benchmarks/serve_policies.py --context 230 [--rounds 4] [--out FILE.json]
-    python benchmarks/serve_policies.py --model llama --context 2200
+    python benchmarks/serve_policies.py --model llama --context 3950 --host-pool-gb 2 [--rate 0.6]
 
-24 conversations of 6 turns with pauses before every turn, against `jaxcept serve` under `prefix-lru` (an engine of
+24 conversations of 6 turns with pauses between them, against `jaxcept serve` under `prefix-lru` (an engine of
 today), `prefix-lru-offload` (one with a tier of host memory) and `min-waste`, in turns. The KV pool is so small that
 the contexts need --oversubscribed times its blocks. Tokens are the same; what differs is how many are computed again,
 and how long the first token after a pause takes. The shipped model calls a calculator in each turn and costs next to
@@ -115,6 +115,8 @@ def replay(urls: dict[str, str], args: argparse.Namespace, rounds: int, out: Pat
         command += ["--dataset", "calculator"]
     command += [word for name, url in urls.items() for word in ("--url", f"{name}={url}")]
     command += ["--conversations", str(args.conversations), "--turns", str(args.turns), "--pause", str(args.pause)]
+    if args.rate is not None:
+        command += ["--rate", str(args.rate)]
     command += ["--rounds", str(rounds), "--seed", str(args.seed), "--out", str(out)]
     subprocess.run(command, check=True)
     return json.loads(out.read_text())
@@ -135,6 +137,7 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=24)
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--pause", type=float, default=0.73, help="seconds, the mean of an exponential")
+    parser.add_argument("--rate", type=float, help="new conversations per second, Poisson (default: all at once)")
     parser.add_argument("--oversubscribed", type=float, default=2.3)
     parser.add_argument("--context", type=int, required=True, help="tokens of a conversation at its end")
     parser.add_argument("--rounds", type=int, default=4)

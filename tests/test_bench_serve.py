@@ -171,6 +171,7 @@ def test_figures_by_hand():
     one = figures([samples])
     assert (one.num_requests, one.num_errors, one.seconds, one.tokens_per_s) == (4, 1, 4.0, 10.0)
     assert one.first_ttft == Quantiles(0.5, 0.5, 0.5) and one.resume_ttft == Quantiles(0.3, 0.3, 0.3)
+    assert one.conversation == Quantiles(3.0, 3.0, 3.0), "of 2 s and 3 s; the third ended with an error"
     assert (one.prompt_tokens, one.cached_tokens, one.computed_tokens) == (350, 170, 180)
     console = Console(width=100, file=io.StringIO())
     console.print(make_table({"ours": one, "theirs": figures([[Sample(0, 0, 0.0, 1.0)]])}, "title"))

@@ -51,6 +51,7 @@ class Figures:
     first_ttft: Quantiles | None  # of first turns
     resume_ttft: Quantiles | None  # of all later turns
     latency: Quantiles | None
+    conversation: Quantiles | None  # from its first request to the end of its last, pauses included
     prompt_tokens: int | None
     cached_tokens: int | None
     completion_tokens: int | None
@@ -78,10 +79,23 @@ def figures(rounds: Sequence[Sequence[Sample]]) -> Figures:
         first_ttft=Quantiles.of([s.ttft_s for s in good if not s.turn]),
         resume_ttft=Quantiles.of([s.ttft_s for s in good if s.turn]),
         latency=Quantiles.of([sample.seconds for sample in good]),
+        conversation=Quantiles.of([seconds for each in rounds for seconds in _conversations(each)]),
         prompt_tokens=_total([sample.prompt_tokens for sample in good]),
         cached_tokens=_total([sample.cached_tokens for sample in good]),
         completion_tokens=generated,
     )
+
+
+def _conversations(samples: Sequence[Sample]) -> list[float]:
+    """How long each conversation of a round took; those with an error are left out."""
+    by_number: dict[int, list[Sample]] = {}
+    for sample in samples:
+        by_number.setdefault(sample.conversation, []).append(sample)
+    return [
+        max(sample.started_s + sample.seconds for sample in each) - min(sample.started_s for sample in each)
+        for each in by_number.values()
+        if all(sample.error is None for sample in each)
+    ]
 
 
 def _total(values: Sequence[int | None]) -> int | None:
@@ -111,6 +125,8 @@ def make_table(found: dict[str, Figures], title: str) -> Table:
         row(f"TTFT, resumes, {share}, s", *(_part(one.resume_ttft, share) for one in each))
     for share in ("p50", "p95", "p99"):
         row(f"whole request, {share}, s", *(_part(one.latency, share) for one in each))
+    for share in ("p50", "p95", "p99"):
+        row(f"whole conversation, {share}, s", *(_part(one.conversation, share) for one in each))
     row("prompt tokens", *(_shown(one.prompt_tokens, "{:,}") for one in each))
     row("of them cached", *(_cached(one) for one in each))
     row("of them computed", *(_shown(one.computed_tokens, "{:,}") for one in each))
@@ -137,8 +153,8 @@ def add_command(kinds: Any) -> None:
     parser = kinds.add_parser(
         "serve",
         help="conversations with tool pauses against any OpenAI-compatible server",
-        description="Replays conversations of several turns, with a pause before each, against one or more servers in"
-        " turn, and prints one table. Every later turn sends the whole conversation, as clients do.",
+        description="Replays conversations of several turns, with a pause before each later one, against one or more"
+        " servers in turn, and prints one table. Every later turn sends the whole conversation, as clients do.",
     )
     parser.add_argument(
         "--url", action="append", metavar="[NAME=]URL", help="server, again for each (default: http://127.0.0.1:8000)"
@@ -156,7 +172,7 @@ def add_command(kinds: Any) -> None:
     talk.add_argument("--words-later", type=_count, default=40, help="of a later message (default: %(default)s)")
     talk.add_argument("--seed", type=int, default=0)
     load = parser.add_argument_group("load")
-    load.add_argument("--pause", type=_seconds, default=0.73, help="seconds before a turn (default: %(default)s)")
+    load.add_argument("--pause", type=_seconds, default=0.73, help="seconds before a later turn (default: %(default)s)")
     load.add_argument("--random-pauses", action="store_true", help="exponential, with --pause as their mean")
     load.add_argument("--concurrency", type=_count, help="conversations at a time (default: all)")
     load.add_argument("--rate", type=_rate, help="new conversations per second (default: all at once)")
