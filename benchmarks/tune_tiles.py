@@ -2,10 +2,10 @@
 
     python benchmarks/tune_tiles.py --out DIR [--budget 500]
 
-A launch's tile is chosen for all shapes at once, by the geometric mean of its times; what does not compile, does not
-fit shared memory or gives other results than the default is out. With the tiles chosen, the number of programs and of
-splits is swept on few sequences of long contexts. DIR/tiles.json is the whole data file with this device's entry;
-`--write` puts it into the package.
+A launch's tile is chosen for all shapes that it serves at once, by the geometric mean of its times; what does not
+compile, does not fit shared memory or gives other results than the default is out. With the tiles chosen, the number of
+programs and of splits is swept on few sequences of long contexts. DIR/tiles.json is the whole data file with this
+device's entry; `--write` puts it into the package.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ AT_ONCE = 24  # candidates compiled together
 ROUNDS = 3
 MULTIPROCESSORS = 108  # where the device does not tell
 
-# Seconds of a call by candidate; and what measures them for one case, on each shape.
+# Seconds of a call by candidate; and what measures them for one case, on each shape whose head size is wanted.
 Times = Mapping["AttentionTiles", float]
-Measure = Callable[["Prefill", Sequence["AttentionTiles"], "Deadline"], list[Times]]
+Wanted = Callable[[int], bool]
+Measure = Callable[["Prefill", Wanted, Sequence["AttentionTiles"], "Deadline"], list[Times]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,23 +98,33 @@ def decode_tiles() -> Iterator[Tile]:
 
 
 def prefill_tiles() -> Iterator[Tile]:
-    """Candidates of prefill chunks."""
+    """Candidates of prefill chunks: 16 rows for each warp before others."""
     from jaxcept_kernels.pallas.tiles import Tile
 
-    yield from (Tile(*sizes) for sizes in product((64, 128, 32), (64, 32, 128), (8, 4), (2, 3, 1)))
+    yield from (Tile(*sizes) for sizes in product((128, 64, 32), (64, 32, 128), (8, 4), (2, 3, 1)))
+
+
+def wide_prefill_tiles() -> Iterator[Tile]:
+    """Candidates of prefill chunks for heads of 256 values."""
+    from jaxcept_kernels.pallas.tiles import Tile
+
+    yield from (Tile(*sizes) for sizes in product((128, 64), (32, 16, 64), (8, 4), (2, 1)))
 
 
 def choose(start: AttentionTiles, cores: int, measure: Measure, deadline: Deadline, log: list[str]) -> AttentionTiles:
-    """The fastest sizes: decode tile, prefill tile, then programs and splits. What the time leaves out stays."""
+    """The fastest sizes: decode tile, prefill tiles, then programs and splits. What the time leaves out stays."""
     from benchmarks.kernels_cases import Prefill
     from benchmarks.kernels_timing import parts_of
 
-    rounds: list[tuple[str, tuple[Prefill, ...], Callable[[AttentionTiles], Iterable[AttentionTiles]]]] = [
-        ("decode", (Prefill(32, 1, 2048),), lambda best: (replace(best, decode=tile) for tile in decode_tiles())),
-        ("prefill", (Prefill(1, 2048, 4096),), lambda best: (replace(best, prefill=tile) for tile in prefill_tiles())),
+    decodes, chunks = (Prefill(32, 1, 2048),), (Prefill(1, 2048, 4096),)
+    rounds: list[tuple[str, tuple[Prefill, ...], Wanted, Callable[[AttentionTiles], Iterable[AttentionTiles]]]] = [
+        ("decode", decodes, any_head, lambda best: (replace(best, decode=tile) for tile in decode_tiles())),
+        ("prefill", chunks, narrow, lambda best: (replace(best, prefill=tile) for tile in prefill_tiles())),
+        ("wide prefill", chunks, wide, lambda best: (replace(best, wide_prefill=t) for t in wide_prefill_tiles())),
         (
             "splits",
             (Prefill(1, 1, 8192), Prefill(8, 1, 4096)),
+            any_head,
             lambda best: (
                 replace(best, programs=cores * times, max_splits=splits)
                 for times, splits in product((2, 1, 4, 8), (16, 8, 32, 64))
@@ -121,14 +132,29 @@ def choose(start: AttentionTiles, cores: int, measure: Measure, deadline: Deadli
         ),
     ]
     best = start
-    for (name, cases, candidates), until in parts_of(deadline, tuple(rounds)):
+    for (name, cases, heads, candidates), until in parts_of(deadline, tuple(rounds)):
         if until.left_s <= 0:
             log.append(f"- {name}: out of time")
             continue
         wanted = list(dict.fromkeys([best, *candidates(best)]))
-        times = [each for case, part in parts_of(until, cases) for each in measure(case, wanted, part)]
+        times = [each for case, part in parts_of(until, cases) for each in measure(case, heads, wanted, part)]
         best = pick(name, best, wanted, times, log)
     return best
+
+
+def any_head(head_dim: int) -> bool:
+    """Shapes of every head size."""
+    return head_dim > 0
+
+
+def narrow(head_dim: int) -> bool:
+    """Shapes that `prefill` is for."""
+    return head_dim <= 128
+
+
+def wide(head_dim: int) -> bool:
+    """Shapes that `wide_prefill` is for."""
+    return head_dim > 128
 
 
 def pick(
@@ -153,9 +179,9 @@ def pick(
 
 
 def measurer(preset: Preset) -> Measure:
-    """Times candidates on the device, for every shape of the preset."""
+    """Times candidates on the device, for the shapes of the preset."""
 
-    def measure(case: Prefill, wanted: Sequence[AttentionTiles], deadline: Deadline) -> list[Times]:
+    def measure(case: Prefill, heads: Wanted, wanted: Sequence[AttentionTiles], deadline: Deadline) -> list[Times]:
         import jax
         import jax.numpy as jnp
 
@@ -164,7 +190,7 @@ def measurer(preset: Preset) -> Measure:
         from jaxcept_kernels.layout import KVPool
 
         found: list[Times] = []
-        for shape, until in parts_of(deadline, preset.shapes):
+        for shape, until in parts_of(deadline, tuple(shape for shape in preset.shapes if heads(shape.head_dim))):
             rows = pool_rows(shape, preset, memory_limit(jax.devices()[0]))
             size = (rows, shape.kv_heads, preset.block_size, shape.head_dim)
             pool = KVPool(*(noise(size, jnp.dtype(preset.dtype), i) for i in (1, 2)))

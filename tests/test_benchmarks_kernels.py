@@ -469,10 +469,12 @@ def test_tiles_are_found_by_family() -> None:
 
 def test_tiles_are_written_as_they_are_read(tmp_path: Path) -> None:
     path = tmp_path / "tiles.json"
-    mine = TileEntry(AttentionTiles(Tile(16, 32, 2, 3), Tile(128, 64, 8, 1), 99, 4), 'measured "here"')
+    mine = TileEntry(
+        AttentionTiles(Tile(16, 32, 2, 3), Tile(32, 64, 8, 1), Tile(128, 32, 8, 1), 99, 4), 'measured "here"'
+    )
     write_tiles({**ENTRIES, "NVIDIA X": mine}, path)
     assert read_tiles(path) == {**ENTRIES, "NVIDIA X": mine}
-    path.write_text(path.read_text().replace('"rows": 128', '"rows": 100'))
+    path.write_text(path.read_text().replace('"rows": 32', '"rows": 100'))
     with pytest.raises(ValueError, match=r"tiles.json: 'NVIDIA X': rows=100: expected a power of two"):
         read_tiles(path)
     path.write_text("{}")
@@ -482,15 +484,15 @@ def test_tiles_are_written_as_they_are_read(tmp_path: Path) -> None:
 
 def test_tuning_takes_the_fastest_that_runs_everywhere() -> None:
     start, log = ENTRIES["default"].tiles, []
-    asked: list[Prefill] = []
+    asked: list[tuple[Prefill, list[int]]] = []
 
     def measure(
-        case: Prefill, wanted: Sequence[AttentionTiles], deadline: Deadline
+        case: Prefill, heads: tune_tiles.Wanted, wanted: Sequence[AttentionTiles], deadline: Deadline
     ) -> list[dict[AttentionTiles, float]]:
-        asked.append(case)
+        asked.append((case, [dim for dim in (64, 128, 256) if heads(dim)]))
 
         def seconds(tiles: AttentionTiles) -> float:
-            tile = tiles.decode if case.chunk == 1 else tiles.prefill
+            tile = tiles.decode if case.chunk == 1 else tiles.prefill if heads(128) else tiles.wide_prefill
             return 1e-6 * (tile.keys + tile.warps + tile.stages + abs(tiles.programs - 100) + tiles.max_splits)
 
         first = {tiles: seconds(tiles) for tiles in wanted}
@@ -499,8 +501,12 @@ def test_tuning_takes_the_fastest_that_runs_everywhere() -> None:
     best = tune_tiles.choose(start, 100, measure, SOON, log)
     assert best.decode == Tile(16, 32, 2, 2) and best.prefill.keys == 32 and best.prefill.stages == 1
     assert (best.programs, best.max_splits) == (100, 8)
-    assert asked == [Prefill(32, 1, 2048), Prefill(1, 2048, 4096), Prefill(1, 1, 8192), Prefill(8, 1, 4096)]
-    assert sum(line.startswith("- chosen for") for line in log) == 3
+    assert best.wide_prefill.keys == 16 and best.wide_prefill.warps == 4
+    every = [64, 128, 256]
+    chunk = Prefill(1, 2048, 4096)
+    assert asked == [(Prefill(32, 1, 2048), every), (chunk, [64, 128]), (chunk, [256]),
+                     (Prefill(1, 1, 8192), every), (Prefill(8, 1, 4096), every)]  # fmt: skip
+    assert sum(line.startswith("- chosen for") for line in log) == 4
     assert "chosen for decode" in tune_tiles.make_entry(best, "0.11.2", log).source
     assert tune_tiles.choose(start, 100, measure, Deadline.after(0), []) == start
 

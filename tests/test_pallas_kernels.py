@@ -17,8 +17,8 @@ from jaxcept_kernels.pallas.write_kv import write_kv_pallas
 
 SCALE = 0.2
 MIXED = [(40, 1), (0, 37), (3, 1), (16, 16), (300, 20), (0, 1), (31, 1), (15, 2)]
-SMALL = AttentionTiles(Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), programs=1)
-SPLIT = AttentionTiles(Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), programs=1000, max_splits=3)
+SMALL = AttentionTiles(Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), programs=1)
+SPLIT = AttentionTiles(Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), programs=1000, max_splits=3)
 
 
 def make_layout(dtype: str = "float32", **sizes: int) -> KVLayout:

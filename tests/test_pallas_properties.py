@@ -31,8 +31,8 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 2e-3}
 LONGEST = 4096
 POOL_TOKENS = LONGEST + 3072
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}  # by bytes
-WHOLE = AttentionTiles(Tile(16, 64, 4, 2), Tile(32, 64, 8, 2), programs=1)
-SPLIT = AttentionTiles(Tile(16, 64, 4, 2), Tile(16, 128, 8, 2), programs=1000, max_splits=4)
+WHOLE = AttentionTiles(Tile(16, 64, 4, 2), Tile(32, 64, 8, 2), Tile(64, 32, 4, 2), programs=1)
+SPLIT = AttentionTiles(Tile(16, 64, 4, 2), Tile(16, 128, 8, 2), Tile(16, 128, 8, 2), programs=1000, max_splits=4)
 
 
 @dataclass(frozen=True)

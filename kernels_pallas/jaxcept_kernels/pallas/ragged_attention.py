@@ -8,6 +8,7 @@ softmax"). Splits are merged by the logarithms of their sums of exponentials (Da
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -22,8 +23,11 @@ from jaxcept_kernels.pallas.tiles import AttentionTiles, Tile, tiles_for
 from jaxcept_kernels.quantized import scale_of
 
 NEVER = -1e30  # a score that no key has; finite, so that differences of it stay numbers
+LEAST = -1e20  # what a row's highest score counts as where it has seen no key: the exponentials of NEVER are 0 then
 LOG2_E = math.log2(math.e)
 MIN_SPLIT = 256  # keys that are worth a program of their own
+MATRIX_ROWS = 16  # of a tensor core's product
+HEAD_BYTES = 256  # of a head's keys, for which tiles are given; those of `wide_prefill` are for twice as many
 
 
 class Work(NamedTuple):
@@ -42,8 +46,6 @@ class Shape(NamedTuple):
     name: str
     tiles: int
     results: int  # result rows
-    rows: int  # of a matrix tile, queries times group
-    keys: int  # of an iteration
     splits: int
     group: int  # query heads per KV head
     columns: int  # of the block tables
@@ -51,7 +53,7 @@ class Shape(NamedTuple):
     scale: float
     window: int | None
     soft_cap: float | None
-    tile: Tile
+    tile: Tile  # that fits the layout
 
 
 def ragged_paged_attention(
@@ -81,42 +83,47 @@ def ragged_paged_attention(
     group = heads // layout.num_kv_heads
     dtype = layout.compute_dtype(q.dtype)
 
-    def run(name: str, tile: Tile, max_programs: int) -> jax.Array:
-        rows, keys = fit(tile, group, layout.head_dim, dtype)
+    def run(name: str) -> jax.Array:
         is_decode = name == "decode_attention"
-        queries = 1 if is_decode else rows // group
+        tile = fit(tiles, is_decode, group, layout, dtype)
+        queries = 1 if is_decode else tile.rows // group
         work = decode_work(meta) if is_decode else prefill_work(meta, tokens, queries)
         count = work.first.shape[0]
-        spare = max_programs // (count * layout.num_kv_heads)
+        spare = tiles.programs // (count * layout.num_kv_heads)
         wanted = min(tiles.max_splits, spare, columns * layout.block_size // MIN_SPLIT)
         results = entries if is_decode else tokens
         splits = max(1, wanted)
-        shape = Shape(
-            name, count, results, rows, keys, splits, group, columns, layout, scale, window, soft_cap, tile
-        )  # fmt: skip
+        shape = Shape(name, count, results, splits, group, columns, layout, scale, window, soft_cap, tile)
         return attend(q, pool, meta, layer, work, shape)
 
     token = jnp.arange(tokens, dtype=jnp.int32)
     entry = jnp.searchsorted(meta.query_start, token, side="right").astype(jnp.int32) - 1
     entry = jnp.minimum(entry, entries - 1)
     length = jnp.where(token < meta.query_start[-1], jnp.diff(meta.query_start)[entry], 0)[:, None, None]
-    decoded = run("decode_attention", tiles.decode, tiles.programs)[entry]
-    prefilled = run("prefill_attention", tiles.prefill, tiles.programs)
+    decoded = run("decode_attention")[entry]
+    prefilled = run("prefill_attention")
     # Rows that a launch does not compute hold anything, so they are chosen away and not multiplied by zero.
     return jnp.where(length == 1, decoded, jnp.where(length > 1, prefilled, jnp.zeros((), q.dtype)))
 
 
-def fit(tile: Tile, group: int, head_dim: int, dtype: jnp.dtype) -> tuple[int, int]:
-    """Rows and keys of a tile for the bytes of a head's keys: a wider head or element takes fewer of them.
+def fit(tiles: AttentionTiles, is_decode: bool, group: int, layout: KVLayout, dtype: jnp.dtype) -> Tile:
+    """The tile of a launch: a wider head or element takes fewer keys.
 
-    Products in float32 are summed in registers, not by tensor cores: larger tiles of them spill on sm_90.
+    Products in float32 are summed in registers, not by tensor cores, and elements of one byte are widened there: larger
+    tiles of them spill.
     """
-    width, bytes_each = power_of_two(head_dim), jnp.dtype(dtype).itemsize
-    wider = max(1, width * bytes_each // 256)
-    rows, keys = tile.rows // wider, tile.keys // wider
+    width, bytes_each = power_of_two(layout.head_dim), jnp.dtype(dtype).itemsize
+    is_wide = width * bytes_each > HEAD_BYTES and not is_decode
+    tile = tiles.decode if is_decode else tiles.wide_prefill if is_wide else tiles.prefill
+    rows, keys, warps = tile.rows, tile.keys, tile.warps
+    keys //= max(1, width * bytes_each // (2 * HEAD_BYTES if is_wide else HEAD_BYTES))
     if bytes_each == 4:
         rows, keys = min(rows, 2048 // width), min(keys, 4096 // width)
-    return max(16, rows, power_of_two(group)), max(16, keys)
+    else:
+        warps = min(warps, max(4, rows // MATRIX_ROWS))
+    if is_decode and layout.is_quantized:
+        keys //= 2
+    return Tile(max(MATRIX_ROWS, rows, power_of_two(group)), max(16, keys), warps, tile.stages)
 
 
 def decode_work(meta: AttentionMetadata) -> Work:
@@ -164,7 +171,8 @@ def attend(
             jax.ShapeDtypeStruct((lines,), jnp.float32),
         ],
         warps=shape.tile.warps,
-        stages=shape.tile.stages,
+        # Triton divides stages among the loads that wait for one another: block ids, then what lies in the blocks.
+        stages=2 * shape.tile.stages + 1,
     )
     first_row = jnp.asarray(layer * layout.num_blocks, jnp.int32).reshape(1)
     flat = (part.reshape(-1, dim) for part in pool)
@@ -180,9 +188,14 @@ def attend(
 
 def make_kernel(shape: Shape, dtype: jnp.dtype):  # type: ignore[no-untyped-def]
     """The kernel of a launch with these sizes; products are of elements of `dtype`."""
-    layout, group, rows, keys = shape.layout, shape.group, shape.rows, shape.keys
-    kv_heads, size, dim = layout.num_kv_heads, layout.block_size, layout.head_dim
+    layout, group, rows = shape.layout, shape.group, shape.tile.rows
+    kv_heads, dim = layout.num_kv_heads, layout.head_dim
     heads, width = kv_heads * group, power_of_two(dim, 16)
+    # Where each warp has rows of its own it needs no other's sums. Triton deals a product out by rows if it is no wider
+    # than high, and the other product of the chain alike.
+    part = min(width, rows) if rows >= MATRIX_ROWS * shape.tile.warps else width
+    parts = tuple(range(0, width, part))  # of the values' columns, by their first
+    factor = LOG2_E if shape.soft_cap is not None else shape.scale * LOG2_E
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
     def kernel(  # type: ignore[no-untyped-def]
@@ -200,86 +213,137 @@ def make_kernel(shape: Shape, dtype: jnp.dtype):  # type: ignore[no-untyped-def]
         sum_ref,
     ):
         tile, head, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        count, position, table = count_ref[tile], position_ref[tile], entry_ref[tile] * shape.columns
+        count, position = count_ref[tile], position_ref[tile]
         row = jnp.arange(rows, dtype=jnp.int32)
         query, member = row // group, row % group
-        column = jnp.arange(width, dtype=jnp.int32)[None, :]
-        is_row = query < count
-        mask = is_row[:, None] & (column < dim)
+        column, is_row = jnp.arange(width, dtype=jnp.int32)[None, :], query < count
         line = (first_ref[tile] + query) * heads + head * group + member
-        q = pltriton.load(q_ref.at[line[:, None], column], mask=mask, other=0)
+        q = pltriton.load(q_ref.at[line[:, None], column], mask=is_row[:, None] & (column < dim), other=0)
+        reach = find_reach(position, count, split, shape)
 
-        end = jnp.where(count > 0, position + count, 0)  # keys that the tile's last query sees
-        first = 0 if shape.window is None else jnp.maximum(position - shape.window + 1, 0)  # that its first query sees
-        per_split = (pl.cdiv(end, keys) - first // keys + shape.splits - 1) // shape.splits
-        start = first // keys + split * per_split
-        stop = jnp.minimum(start + per_split, pl.cdiv(end, keys))
+        find = partial(find_slots, tables, entry_ref[tile], row_ref[0], head, reach, shape)
+
+        def scales_at(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+            slots = find(i)
+            return load_scales(k_ref, slots, layout), load_scales(v_ref, slots, layout)
 
         def body(i, carry):  # type: ignore[no-untyped-def]
-            summed, highest, total = carry
-            key = i * keys + jnp.arange(keys, dtype=jnp.int32)
-            # Elsewhere the pool holds anything, NaN included.
-            is_needed = key < end if shape.window is None else (key >= first) & (key < end)
-            block = pltriton.load(tables.at[table + key // size], mask=is_needed, other=0)
-            block = jnp.clip(block, 0, layout.num_blocks - 1)
-            slots = Slots(((row_ref[0] + block) * kv_heads + head) * layout.block_rows, key % size, is_needed)
-            k, k_scale = load_slots(k_ref, slots, layout, dtype)
-            v, v_scale = load_slots(v_ref, slots, layout, dtype)
-            scores = pltriton.dot(q, k, trans_b=True, precision=precision) * (shape.scale * k_scale)
+            summed, highest, total, scales = carry
+            slots = find(i)
+            scores = pltriton.dot(
+                q, load_slots(k_ref, slots, layout, dtype, 0, width), trans_b=True, precision=precision
+            )
+            if layout.is_quantized:
+                scores = scores * scales[0][None, :]
             if shape.soft_cap is not None:
-                scores = shape.soft_cap * jnp.tanh(scores / shape.soft_cap)
-            at = (position + query)[:, None]
-            seen = key[None, :] <= at  # by rows without a query too, of which nothing is stored
-            if shape.window is not None:
-                seen = seen & (key[None, :] > at - shape.window)
-            scores = jnp.where(seen, scores * LOG2_E, NEVER)
+                scores = shape.soft_cap * jnp.tanh(scores * (shape.scale / shape.soft_cap))
+            seen = is_seen(slots.key[None, :], (position + query)[:, None], shape.window)
+            scores = jnp.where(seen, scores * factor, NEVER)
             reached = jnp.maximum(highest, jnp.max(scores, axis=1))
             keep = jnp.exp2(highest - reached)
-            weights = jnp.where(seen, jnp.exp2(scores - reached[:, None]), 0.0)
+            weights = jnp.exp2(scores - jnp.maximum(reached, LEAST)[:, None])
             total = total * keep + jnp.sum(weights, axis=1)
-            weights = (weights * v_scale).astype(dtype)
-            summed = summed * keep[:, None] + pltriton.dot(weights, v, precision=precision)
-            return summed, reached, total
+            if layout.is_quantized:  # scales are loaded an iteration ahead, for none waits in shared memory
+                weights, scales = weights * scales[1][None, :], scales_at(i + 1)
+            weights = weights.astype(dtype)
 
-        carry = (
-            jnp.zeros((rows, width), jnp.float32),
-            jnp.full((rows,), NEVER, jnp.float32),
-            jnp.zeros((rows,), jnp.float32),
-        )
-        summed, highest, total = lax.fori_loop(start, stop, body, carry)
+            def add(before: jax.Array, first_column: int) -> jax.Array:
+                v = load_slots(v_ref, slots, layout, dtype, first_column, part)
+                product: jax.Array = pltriton.dot(weights, v, precision=precision)
+                return before * keep[:, None] + product
+
+            return tuple(map(add, summed, parts)), reached, total, scales
+
+        zeros = tuple(jnp.zeros((rows, part), jnp.float32) for _ in parts)
+        scales = scales_at(reach.start) if layout.is_quantized else ()
+        carry = (zeros, jnp.full((rows,), NEVER, jnp.float32), jnp.zeros((rows,), jnp.float32), scales)
+        summed, highest, total, _ = lax.fori_loop(reach.start, reach.stop, body, carry)
         divisor = jnp.where(total == 0, 1.0, total)
         line = ((split * shape.results + target_ref[tile] + query) * kv_heads + head) * group + member
-        summed = (summed / divisor[:, None]).astype(out_ref.dtype)
-        pltriton.store(out_ref.at[line[:, None], column], summed, mask=mask)
+        for first_column, each in zip(parts, summed, strict=True):
+            column = first_column + jnp.arange(part, dtype=jnp.int32)[None, :]
+            mask = is_row[:, None] & (column < dim)
+            pltriton.store(
+                out_ref.at[line[:, None], column], (each / divisor[:, None]).astype(out_ref.dtype), mask=mask
+            )
         pltriton.store(sum_ref.at[line], jnp.where(total == 0, NEVER, highest + jnp.log2(divisor)), mask=is_row)
 
     return kernel
 
 
+class Reach(NamedTuple):
+    """The keys that a tile's queries see, and the iterations over those of one split."""
+
+    first: jax.Array | int  # key that the first query sees
+    end: jax.Array  # behind the last key that the last query sees
+    start: jax.Array
+    stop: jax.Array
+
+
+def find_reach(position: jax.Array, count: jax.Array, split: jax.Array, shape: Shape) -> Reach:
+    """What `count` queries from a position on see."""
+    keys = shape.tile.keys
+    end = jnp.where(count > 0, position + count, 0)
+    first = 0 if shape.window is None else jnp.maximum(position - shape.window + 1, 0)
+    per_split = (pl.cdiv(end, keys) - first // keys + shape.splits - 1) // shape.splits
+    start = first // keys + split * per_split
+    return Reach(first, end, start, jnp.minimum(start + per_split, pl.cdiv(end, keys)))
+
+
+def is_seen(key: jax.Array, at: jax.Array, window: int | None) -> jax.Array:
+    """Whether the query at this position sees the key. Rows without a query see some too; nothing of them is stored."""
+    seen: jax.Array = key <= at
+    return seen if window is None else seen & (key > at - window)
+
+
 class Slots(NamedTuple):
     """Where an iteration's keys lie in the pool."""
 
+    key: jax.Array  # [keys] int32, position in the sequence
     first: jax.Array  # [keys] int32, first row of the key's head in its block
     offset: jax.Array  # [keys] int32, slot in the block
-    is_needed: jax.Array  # [keys] bool
+    is_needed: jax.Array  # [keys] bool; elsewhere the pool holds anything, NaN included
+
+
+def find_slots(
+    tables: jax.Ref,  # [entries * columns] int32
+    entry: jax.Array,
+    first_row: jax.Array,  # of the layer in the pool
+    head: jax.Array,  # KV head
+    reach: Reach,
+    shape: Shape,
+    i: jax.Array,  # iteration
+) -> Slots:
+    """The slots of one iteration's keys of an entry."""
+    layout = shape.layout
+    key = i * shape.tile.keys + jnp.arange(shape.tile.keys, dtype=jnp.int32)
+    is_needed = key < reach.end if shape.window is None else (key >= reach.first) & (key < reach.end)
+    block = pltriton.load(tables.at[entry * shape.columns + key // layout.block_size], mask=is_needed, other=0)
+    row = first_row + jnp.clip(block, 0, layout.num_blocks - 1)
+    return Slots(key, (row * layout.num_kv_heads + head) * layout.block_rows, key % layout.block_size, is_needed)
 
 
 def load_slots(
-    part: jax.Ref,  # [rows, head_dim], K or V of the pool
+    source: jax.Ref,  # [rows, head_dim], K or V of the pool
     slots: Slots,
     layout: KVLayout,
     dtype: jnp.dtype,
-) -> tuple[jax.Array, jax.Array | float]:
-    """The slots as [keys, width] of `dtype`, and their scales [1, keys]; zeros where none is needed."""
-    first, offset, is_needed = slots
-    column = jnp.arange(power_of_two(layout.head_dim, 16), dtype=jnp.int32)[None, :]
-    there = is_needed[:, None] & (column < layout.head_dim)
-    values = pltriton.load(part.at[(first + offset)[:, None], column], mask=there, other=0).astype(dtype)
-    if not layout.is_quantized:
-        return values, 1.0
+    first_column: int,
+    columns: int,
+) -> jax.Array:
+    """Some columns of the slots: [keys, columns] of `dtype`, zeros where none is needed."""
+    column = first_column + jnp.arange(columns, dtype=jnp.int32)[None, :]
+    there = slots.is_needed[:, None] & (column < layout.head_dim)
+    values: jax.Array = pltriton.load(source.at[(slots.first + slots.offset)[:, None], column], mask=there, other=0)
+    return values.astype(dtype)
+
+
+def load_scales(source: jax.Ref, slots: Slots, layout: KVLayout) -> jax.Array:
+    """The slots' scales in a quantized pool: [keys] float32, zeros where none is needed."""
 
     def scale_byte(i: int) -> jax.Array:
-        row, scale_column = layout.scale_place(offset, i)
-        return pltriton.load(part.at[first + row, scale_column], mask=is_needed, other=0)
+        row, column = layout.scale_place(slots.offset, i)
+        return pltriton.load(source.at[slots.first + row, column], mask=slots.is_needed, other=0)
 
-    return values, scale_of(scale_byte(0), scale_byte(1))[None, :]
+    scales: jax.Array = scale_of(scale_byte(0), scale_byte(1))
+    return scales

@@ -14,12 +14,12 @@ DEFAULT_KIND = "default"
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Sizes of one launch, for two-byte elements and 128 values a head."""
+    """Sizes of one launch."""
 
     rows: int  # least rows of a matrix tile: queries times the query heads of a KV head
     keys: int  # keys of an iteration
     warps: int
-    stages: int  # iterations whose loads are under way at once
+    stages: int  # iterations whose keys and values are in shared memory or on their way there
 
     def __post_init__(self) -> None:
         check_tile(self, ("rows", "keys"))
@@ -38,10 +38,11 @@ def check_tile(tile: object, sizes: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AttentionTiles:
-    """How a device's launches are cut."""
+    """How a device's launches are cut, for two-byte elements."""
 
-    decode: Tile
-    prefill: Tile
+    decode: Tile  # for 128 values a head
+    prefill: Tile  # for 128 values a head
+    wide_prefill: Tile  # for 256
     programs: int  # programs that fill the device; with fewer tiles, contexts are split
     max_splits: int = 16
 
@@ -64,8 +65,8 @@ def read_tiles(path: Path = DATA) -> dict[str, TileEntry]:
     entries = {}
     for kind, fields in json.loads(path.read_text(encoding="utf-8")).items():
         try:
-            decode, prefill = (Tile(**fields[name]) for name in ("decode", "prefill"))
-            tiles = AttentionTiles(decode, prefill, fields["programs"], fields["max_splits"])
+            decode, prefill, wide = (Tile(**fields[name]) for name in ("decode", "prefill", "wide_prefill"))
+            tiles = AttentionTiles(decode, prefill, wide, fields["programs"], fields["max_splits"])
             entries[kind] = TileEntry(tiles, fields["source"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {kind!r}: {error}") from error
