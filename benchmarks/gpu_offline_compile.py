@@ -33,6 +33,7 @@ from benchmarks.gpu_offline_report import (
     Target,
     count_all_reduces,
     faults,
+    loads_ahead,
     pool_copies,
     read_kernels,
     read_target,
@@ -200,7 +201,7 @@ def kernels_in(dump: Path) -> tuple[Kernel, ...]:
     with ThreadPoolExecutor(2) as threads:
         told = list(threads.map(_assemble, sources))
     launches = "".join(path.read_text() for path in dump.glob("*.thunk_sequence.txt"))
-    return read_kernels("".join(told), launches)
+    return read_kernels("".join(told), launches, loads_ahead("".join(path.read_text() for path in sources)))
 
 
 def _assemble(path: Path) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +16,9 @@ OTHER_ALL_REDUCES = 1  # for the embedding
 # Kernels that XLA writes, by the beginning of their names, and the bytes that each may spill. Its sort (for the most
 # likely tokens, where a request wants log-probabilities) keeps one register too many on sm_90; nothing here tunes it.
 ACCEPTED_SPILLS = {"sort": 8}
+
+# Kernels whose loops must load ahead, by the beginning of their names: what waits for all its loads overlaps none.
+LOADS_AHEAD = ("decode_attention", "prefill_attention", "grouped_linear")
 
 # What may name an array as large as the pool without touching every byte of it.
 _IN_PLACE = {
@@ -29,6 +32,10 @@ _PTXAS_KERNEL = re.compile(r"Compiling entry function '([^']+)'")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _STATIC_SHARED = re.compile(r"(\d+) bytes smem")
+_ENTRY = re.compile(r"\.entry\s+([\w$]+)")
+_LABEL = re.compile(r"^(\$\w+):")
+_BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$\w+);")
+_WAIT = re.compile(r"cp\.async\.wait_group\s+(\d+);")
 _LAUNCH = re.compile(r"(\S+) grid: \[[^]]*\] threads: \[[^]]*\] +shared_memory: (\d+) bytes")
 
 
@@ -48,6 +55,7 @@ class Kernel(NamedTuple):
     registers: int
     spill_bytes: int  # stores and loads
     shared_bytes: int
+    ahead: int | None = None  # groups of loads that its loops leave under way; None where none loads asynchronously
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +120,29 @@ def count_all_reduces(hlo: str) -> int:
     return len(re.findall(r" all-reduce(?:-start)?\(", hlo))
 
 
-def read_kernels(ptxas: str, launches: str) -> tuple[Kernel, ...]:
-    """Kernels from what `ptxas -v` prints and, for the shared memory given at launch, from XLA's list of thunks."""
+def loads_ahead(ptx: str) -> dict[str, int]:
+    """Groups of asynchronous loads that the loops of each kernel leave under way where they wait, the least of them.
+
+    A kernel without such a wait in a loop is absent.
+    """
+    parts = _ENTRY.split(ptx)[1:]
+    found = {}
+    for name, text in zip(parts[::2], parts[1::2], strict=True):
+        lines, labels, waits = text.splitlines(), dict[str, int](), list[int]()
+        for number, line in enumerate(lines):
+            if label := _LABEL.match(line):
+                labels[label[1]] = number
+            branch = _BRANCH.search(line)
+            if branch and branch[1] in labels:  # backwards: a loop's end
+                waits += [int(groups) for groups in _WAIT.findall("\n".join(lines[labels[branch[1]] : number]))]
+        if waits:
+            found[name] = min(waits)
+    return found
+
+
+def read_kernels(ptxas: str, launches: str, ahead: Mapping[str, int]) -> tuple[Kernel, ...]:
+    """Kernels from what `ptxas -v` prints, for the shared memory given at launch from XLA's list of thunks, and from
+    what `loads_ahead` found."""
     dynamic: dict[str, int] = {}
     for name, shared in _LAUNCH.findall(launches):
         dynamic[name] = max(dynamic.get(name, 0), int(shared))
@@ -125,7 +154,7 @@ def read_kernels(ptxas: str, launches: str) -> tuple[Kernel, ...]:
             raise ValueError(f"kernel {name}: ptxas tells no registers or spills: {text.strip()!r}")
         static = _STATIC_SHARED.search(text)
         shared = dynamic.pop(name, 0) + (int(static[1]) if static else 0)
-        kernels.append(Kernel(name, int(registers[1]), int(spills[1]) + int(spills[2]), shared))
+        kernels.append(Kernel(name, int(registers[1]), int(spills[1]) + int(spills[2]), shared, ahead.get(name)))
     # A kernel that several fusions share has one entry in ptxas; the other names are known by their launches alone.
     kernels += [Kernel(name, 0, 0, shared) for name, shared in dynamic.items() if shared]
     return tuple(kernels)
@@ -151,6 +180,8 @@ def faults(program: Program) -> list[str]:
             found.append(
                 f"{kernel.name} takes {kernel.shared_bytes:,} bytes of shared memory of {program.shared_limit:,}"
             )
+        if kernel.registers and kernel.name.startswith(LOADS_AHEAD) and not kernel.ahead:
+            found.append(f"{kernel.name} waits for all its loads, so none is under way while it computes")
     most = MAX_ALL_REDUCES_PER_LAYER * program.num_layers + OTHER_ALL_REDUCES
     if program.num_devices > 1 and program.all_reduces > most:
         found.append(f"{program.all_reduces} all-reduces: expected at most {most}")
@@ -164,7 +195,7 @@ def table(programs: Iterable[Program]) -> str:
     """A Markdown table, one line for each program."""
     heads = (
         "jax", "target", "model", "layers", "program", "kernels", "most registers", "spills", "most shared",
-        "pool", "alias", "temp", "peak", "pool copies", "all-reduces", "compile",
+        "loads ahead", "pool", "alias", "temp", "peak", "pool copies", "all-reduces", "compile",
     )  # fmt: skip
     rows = [heads, ("---",) * len(heads), *(_row(program) for program in programs)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -174,6 +205,7 @@ def _row(program: Program) -> Sequence[str]:
     kernels = program.kernels
     most = max(kernels, key=lambda kernel: kernel.registers, default=None)
     shared = max((kernel.shared_bytes for kernel in kernels), default=0)
+    ahead = [kernel.ahead for kernel in kernels if kernel.name.startswith(LOADS_AHEAD) and kernel.ahead is not None]
     return (
         program.jax,
         program.target if program.num_devices == 1 else f"{program.num_devices} x {program.target}",
@@ -184,6 +216,7 @@ def _row(program: Program) -> Sequence[str]:
         f"{most.registers} ({most.name})" if most else "-",
         str(sum(kernel.spill_bytes for kernel in kernels)),
         f"{shared:,}",
+        str(min(ahead)) if ahead else "-",
         *(_mib(size) for size in (program.pool_bytes, program.alias_bytes, program.temp_bytes, program.peak_bytes)),
         str(len(program.pool_copies)),
         str(program.all_reduces),

@@ -16,6 +16,7 @@ from benchmarks.gpu_offline_report import (
     Program,
     count_all_reduces,
     faults,
+    loads_ahead,
     pool_copies,
     read_kernels,
     read_target,
@@ -97,10 +98,33 @@ def test_an_all_reduce_counts_once():
     assert count_all_reduces(hlo) == 2
 
 
+def test_loads_ahead_are_what_a_loop_leaves_under_way():
+    ptx = """.visible .entry first(
+    cp.async.wait_group 0;
+$L__BB0_1:
+    cp.async.wait_group 3;
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {};
+    cp.async.commit_group;
+    cp.async.wait_group 2;
+    @%p1 bra $L__BB0_1;
+    cp.async.wait_group 0;
+.visible .entry second(
+    @%p1 bra $L__BB1_2;
+    cp.async.wait_group 0;
+$L__BB1_2:
+    ret;
+.visible .entry third(
+$L__BB2_1:
+    cp.async.wait_group 0;
+    bra.uni $L__BB2_1;
+"""
+    assert loads_ahead(ptx) == {"first": 2, "third": 0}
+
+
 def test_kernels_are_read_from_both_texts():
-    kernels = read_kernels(PTXAS, LAUNCHES)
+    kernels = read_kernels(PTXAS, LAUNCHES, {"attention": 3})
     assert kernels == (
-        Kernel("attention", 126, 20, 4352),
+        Kernel("attention", 126, 20, 4352, 3),
         Kernel("loop_add", 12, 0, 0),
         Kernel("attention_1", 0, 0, 8192),
     )
@@ -108,7 +132,7 @@ def test_kernels_are_read_from_both_texts():
 
 def test_a_kernel_without_figures_is_an_error():
     with pytest.raises(ValueError, match="attention"):
-        read_kernels("ptxas info : Compiling entry function 'attention' for 'sm_80'\n", "")
+        read_kernels("ptxas info : Compiling entry function 'attention' for 'sm_80'\n", "", {})
 
 
 def test_a_sound_program_has_no_faults():
@@ -125,6 +149,8 @@ def test_a_sound_program_has_no_faults():
         ({"kernels": (Kernel("attention", 255, 4, 0),)}, "attention spills 4 bytes"),
         ({"kernels": (Kernel("sort_1", 40, 12, 0),)}, "sort_1 spills 12 bytes"),
         ({"kernels": (Kernel("attention", 126, 0, 4353),)}, "4,353 bytes of shared memory"),
+        ({"kernels": (Kernel("decode_attention", 126, 0, 0, 0),)}, "decode_attention waits for all its loads"),
+        ({"kernels": (Kernel("grouped_linear", 126, 0, 0),)}, "grouped_linear waits for all its loads"),
         ({"num_devices": 4, "all_reduces": 6}, "6 all-reduces"),
         ({"temp_bytes": 201}, "takes 1,001 bytes"),
     ],
@@ -138,6 +164,7 @@ def test_each_fault_fails_and_is_named(change: dict[str, object], names: str):
 def test_what_is_allowed_is_no_fault():
     assert not faults(replace(SOUND, num_devices=4, all_reduces=5))
     assert not faults(replace(SOUND, kernels=(Kernel("sort_1", 40, 8, 0),)))
+    assert not faults(replace(SOUND, kernels=(Kernel("decode_attention", 126, 0, 0, 3),)))
 
 
 def test_the_shipped_targets_are_read():

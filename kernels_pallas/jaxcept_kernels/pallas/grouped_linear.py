@@ -32,7 +32,7 @@ class ProductTile:
 # By the rows that a group has on average. Chosen by registers and shared memory; not measured.
 FEW = ProductTile(rows=16, columns=64, depth=128, warps=4, stages=3)
 MANY = ProductTile(rows=64, columns=128, depth=64, warps=8, stages=3)
-FLOAT32 = ProductTile(rows=16, columns=32, depth=32, warps=4, stages=2)  # summed in registers, not by tensor cores
+FLOAT32 = ProductTile(rows=16, columns=32, depth=32, warps=4, stages=3)  # summed in registers, not by tensor cores
 
 
 def grouped_linear_pallas(

@@ -134,12 +134,15 @@ def decode_work(meta: AttentionMetadata) -> Work:
 
 
 def prefill_work(meta: AttentionMetadata, tokens: int, queries: int) -> Work:
-    """Tiles of the entries with two queries or more, as many as any batch of this size may need; results by token."""
+    """Tiles of the entries with two queries or more, as many as any batch of this size may need; results by token.
+
+    Last queries first: they see most keys, and what starts last should end soon.
+    """
     lengths = jnp.diff(meta.query_start)
     per_entry = jnp.where(lengths > 1, (lengths + queries - 1) // queries, 0)
     tile_end = jnp.cumsum(per_entry, dtype=jnp.int32)
     most = min(tokens, tokens // queries + min(lengths.shape[0], -(-tokens // 2)))
-    index = jnp.arange(most, dtype=jnp.int32)
+    index = jnp.arange(most, dtype=jnp.int32)[::-1]
     entry = jnp.searchsorted(tile_end, index, side="right").astype(jnp.int32)
     is_used = entry < lengths.shape[0]
     entry = jnp.minimum(entry, lengths.shape[0] - 1)
