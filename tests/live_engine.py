@@ -23,13 +23,13 @@ from jaxcept_serve.protocol import guarded_protocol
 from jaxcept_serve.server import Running, ServeConfig, ToolFlags
 from jaxcept_serve.service import HoldOptions
 from tests.live_server import serving
+from tests.sizes import SHIPPED
 
 COSTS = {
     "name": "test", "device": "cpu", "model": "shipped", "dtype": "float32", "overhead_s": 0.001, "floor_s": 0.0,
     "token_s": 1e-4, "context_token_s": 0.0, "pair_s": 0.0, "saturation_tokens": 32, "kv_token_bytes": 1024,
     "swap_out_latency_s": 0.0, "swap_out_token_s": 1e-6, "swap_in_latency_s": 0.0, "swap_in_token_s": 1e-6,
 }  # fmt: skip
-MAX_LEN = 512
 KEYS = (ApiKey("me", "mine"), ApiKey("other", "theirs"))
 GOOD = {
     "messages": [{"role": "user", "content": "What is the capital of France?"}],
@@ -127,14 +127,7 @@ def live_engine(folder: Path, tools: Sequence[Any] = (), **limits: Any) -> Itera
     costs = folder / "costs.json"
     costs.write_text(json.dumps(COSTS))
     options = ServerOptions(api_keys=KEYS, **limits)
-    engine = EngineConfig(
-        max_model_len=MAX_LEN,
-        max_num_seqs=4,
-        num_blocks=160,
-        max_num_batched_tokens=64,
-        cost_model=costs,
-        compilation_cache="",
-    )
+    engine = EngineConfig(cost_model=costs, **SHIPPED)
     config = ServeConfig(
         engine,
         options=options,

@@ -5,25 +5,25 @@ import threading
 import time
 
 import pytest
+from sizes import SHIPPED
 
 from jaxcept import LLM, AsyncLLM, InterceptOptions, SamplingParams, tool
 from jaxcept.engine import EngineDeadError
 from jaxcept.scheduler.scheduler import StateError
 from jaxcept.tools import builtin
 
-SIZES = {"max_num_seqs": 8, "max_model_len": 1024, "max_num_batched_tokens": 64, "compilation_cache": ""}
 GREEDY = SamplingParams(temperature=0, max_tokens=120)
 QUESTION = "What is 37 * 91?"
 
 
 @pytest.fixture(scope="module")
 def llm(slow_costs):
-    return LLM(progress=False, **SIZES, cost_model=slow_costs)
+    return LLM(progress=False, **SHIPPED, cost_model=slow_costs)
 
 
 @pytest.fixture(scope="module")
 def async_llm(slow_costs):
-    made = AsyncLLM(**SIZES, cost_model=slow_costs)
+    made = AsyncLLM(**SHIPPED, cost_model=slow_costs)
     yield made
     made.close()
 
@@ -243,7 +243,7 @@ def test_the_last_step_of_a_request_is_not_charged_with_the_idle_time_behind_it(
 
 
 def test_whoever_waits_is_told_that_the_engine_was_closed(slow_costs):
-    made = AsyncLLM(**SIZES, cost_model=slow_costs)
+    made = AsyncLLM(**SHIPPED, cost_model=slow_costs)
     params = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
     hold = InterceptOptions(token_ids=tuple(range(made.session.tokenizer.vocab_size)), timeout_s=60)
 

@@ -42,7 +42,8 @@ from bad_tools import MOOD, calculator
 
 from jaxcept.tools.parsers import PARSERS, make_parser
 from jaxcept_serve.call_stream import CallStream
-from tests.live_engine import GOOD, MAX_LEN, LiveEngine, live_engine
+from tests.live_engine import GOOD, LiveEngine, live_engine
+from tests.sizes import MAX_LEN
 
 MIB = 1 << 20
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"

@@ -14,20 +14,14 @@ import uvicorn
 from jaxcept.config import EngineConfig
 from jaxcept_serve.server import EXIT_ENGINE_DEAD, Running, ServeConfig, Server
 from tests.costs import HAND
+from tests.sizes import SHIPPED
 
 
 @pytest.fixture
 def running(tmp_path: Any):
     costs = tmp_path / "costs.json"
     HAND.save(costs)
-    engine = EngineConfig(
-        max_model_len=256,
-        max_num_seqs=2,
-        max_num_batched_tokens=32,
-        num_blocks=64,
-        cost_model=costs,
-        compilation_cache="",
-    )
+    engine = EngineConfig(cost_model=costs, **SHIPPED)
     made = Running(ServeConfig(engine))
     yield made
     made.close()

@@ -16,6 +16,7 @@ from jaxcept_serve.app import ApiKey, ServerOptions, create_app
 from jaxcept_serve.generate import routes_of
 from jaxcept_serve.service import EngineService
 from tests.live_server import serving
+from tests.sizes import SHIPPED
 
 Json = dict[str, Any]
 PROMPT = "The number is"
@@ -23,7 +24,7 @@ PROMPT = "The number is"
 
 @pytest.fixture(scope="module")
 def llm(slow_costs: Path):
-    made = AsyncLLM(max_model_len=256, max_num_seqs=4, num_blocks=64, max_num_batched_tokens=64, cost_model=slow_costs)
+    made = AsyncLLM(**SHIPPED, cost_model=slow_costs)
     yield made
     made.close()
 

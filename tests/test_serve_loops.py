@@ -12,6 +12,7 @@ import anthropic
 import openai
 import pytest
 from asgi_clients import anthropic_async, gone_after, openai_async, run
+from sizes import SHIPPED
 from starlette.applications import Starlette
 
 from jaxcept import AsyncLLM
@@ -22,7 +23,6 @@ from jaxcept.tools.toolbox import Toolbox
 from jaxcept_serve.app import create_app
 from jaxcept_serve.service import EngineService
 
-SIZES = {"max_num_seqs": 2, "max_model_len": 512, "max_num_batched_tokens": 64, "compilation_cache": ""}
 TOOLS: dict[str, Tool] = {function.__name__: tool(function) for function in builtin.TOOLS}
 LOOP = (("What is 37 * 91?", "3367"), ("What is the capital of France?", "Paris"), ("Convert 12 km to m.", "12000"))
 OPENAI_TOOLS: Any = [{"type": "function", **made.schema["function"]} for made in TOOLS.values()]
@@ -35,7 +35,7 @@ MOST_NEW = 48  # tokens of a question, an answer of a tool and what the template
 
 @pytest.fixture(scope="module")
 def llm(slow_costs: Path) -> Iterator[AsyncLLM]:
-    made = AsyncLLM(**SIZES, cost_model=slow_costs)
+    made = AsyncLLM(**SHIPPED, cost_model=slow_costs)
     yield made
     made.close()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sizes import MAX_LEN, SHIPPED
 
 from jaxcept import AsyncLLM, SamplingParams, tool
 from jaxcept.scheduler.params import StructuredOutput
@@ -44,8 +45,7 @@ LOOKUP = {"type": "function", "function": {"name": "lookup", "description": "", 
 
 @pytest.fixture(scope="module")
 def llm(slow_costs: Path) -> Iterator[AsyncLLM]:
-    sizes = {"max_model_len": 1024, "max_num_seqs": 8, "num_blocks": 512, "max_num_batched_tokens": 128}
-    made = AsyncLLM(**sizes, cost_model=slow_costs)
+    made = AsyncLLM(**SHIPPED, cost_model=slow_costs)
     yield made
     made.close()
 
@@ -474,10 +474,10 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(
     service._tokenizer.encode("warm")
     monkeypatch.setattr(service._tokenizer, "encode", None)
     monkeypatch.setattr(service._tokenizer, "encode_chat", None)
-    text = "a" * (1024 * service._tokenizer.max_token_chars)
+    text = "a" * (MAX_LEN * service._tokenizer.max_token_chars)
     for begun in (
         lambda: service.chat(turn([{"role": "user", "content": text}]), ME),
         lambda: service.complete(PromptTurn("x", text, GREEDY), ME),
     ):
-        with pytest.raises(ServiceError, match="at least 1024 ids: expected at most 1023"):
+        with pytest.raises(ServiceError, match=f"at least {MAX_LEN} ids: expected at most {MAX_LEN - 1}"):
             run(begun())

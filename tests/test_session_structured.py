@@ -13,15 +13,15 @@ from jaxcept import LLM, InterceptOptions, SamplingParams, tool
 from jaxcept.constraint import ToolChoice
 from jaxcept.scheduler.params import StructuredOutput
 from jaxcept.tools.toolbox import Toolbox
+from tests.sizes import SHIPPED
 from tests.test_text_grammar import CITY, random_schema
 
-SIZES = {"max_num_seqs": 4, "max_model_len": 512, "max_num_batched_tokens": 8, "compilation_cache": ""}
 GIVEN = {"type": "function", "function": {"name": "weather", "description": "Weather of a city", "parameters": CITY}}
 
 
 @pytest.fixture(scope="module")
 def llm(slow_costs):
-    made = LLM(progress=False, **SIZES, cost_model=slow_costs)
+    made = LLM(progress=False, **SHIPPED, cost_model=slow_costs)
     made.compiled_at_start = made.session.engine.runner.compiles.count
     yield made
     assert made.session.engine.runner.compiles.count == made.compiled_at_start, "a request made it compile"
