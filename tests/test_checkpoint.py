@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from checkpoints import build_checkpoint
 from costs import HAND
+from sizes import SHIPPED
 
 import jaxcept_models.checkpoint as checkpoint_module
 from jaxcept import LLM, SamplingParams
@@ -203,10 +204,9 @@ def test_an_engine_takes_either_form(tmp_path: Path, capsys: pytest.CaptureFixtu
     prompts, params = ["What is 37 * 91?", "the"], SamplingParams(temperature=0, max_tokens=24)
 
     HAND.save(tmp_path / "costs.json")
-    sizes = {"max_num_seqs": 2, "max_num_batched_tokens": 32, "num_blocks": 64, "max_model_len": 256}
 
     def tokens(model: Path | None) -> list[list[int]]:
-        llm = LLM(model, compilation_cache="", cost_model=tmp_path / "costs.json", **sizes)
+        llm = LLM(model, cost_model=tmp_path / "costs.json", **SHIPPED)
         return [list(output.outputs[0].token_ids) for output in llm.generate(prompts, params)]
 
     expected = tokens(None)
