@@ -32,6 +32,7 @@ from benchmarks.gpu_offline_report import (
     Program,
     Target,
     count_all_reduces,
+    count_launches,
     faults,
     loads_ahead,
     pool_copies,
@@ -171,7 +172,9 @@ def compile_program(task: Task, devices: Devices) -> Program:
             lowered = task.lower()
         compiled = lowered.compile(compiler_options={"xla_dump_to": dump} | EVERY_EMITTER)
         compile_s = time.perf_counter() - start
-        found = kernels_in(Path(dump))
+        thunks = "".join(path.read_text() for path in Path(dump).glob("*.thunk_sequence.txt"))
+        found = kernels_in(Path(dump), thunks)
+    launches, loops = count_launches(thunks)
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     parts = devices.mesh.size
     return Program(
@@ -192,16 +195,17 @@ def compile_program(task: Task, devices: Devices) -> Program:
         all_reduces=count_all_reduces(hlo),
         pool_copies=pool_copies(hlo, math.prod(task.layout.shape) // parts),
         kernels=found,
+        launches=launches,
+        loops=loops,
     )
 
 
-def kernels_in(dump: Path) -> tuple[Kernel, ...]:
+def kernels_in(dump: Path, thunks: str) -> tuple[Kernel, ...]:
     """The kernels of one dumped compilation."""
     sources = [path for path in sorted(dump.glob("*.ptx")) if ".entry" in path.read_text()]
     with ThreadPoolExecutor(2) as threads:
         told = list(threads.map(_assemble, sources))
-    launches = "".join(path.read_text() for path in dump.glob("*.thunk_sequence.txt"))
-    return read_kernels("".join(told), launches, loads_ahead("".join(path.read_text() for path in sources)))
+    return read_kernels("".join(told), thunks, loads_ahead("".join(path.read_text() for path in sources)))
 
 
 def _assemble(path: Path) -> str:

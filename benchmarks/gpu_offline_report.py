@@ -36,6 +36,7 @@ _ENTRY = re.compile(r"\.entry\s+([\w$]+)")
 _LABEL = re.compile(r"^(\$\w+):")
 _BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$\w+);")
 _WAIT = re.compile(r"cp\.async\.wait_group\s+(\d+);")
+_THUNK = re.compile(r"^\s*\d+: k(\w+)", re.MULTILINE)
 _LAUNCH = re.compile(r"(\S+) grid: \[[^]]*\] threads: \[[^]]*\] +shared_memory: (\d+) bytes")
 
 
@@ -79,6 +80,8 @@ class Program:
     all_reduces: int
     pool_copies: tuple[str, ...]  # instructions
     kernels: tuple[Kernel, ...]
+    launches: int = 0  # kernels and copies that XLA lists, a loop's body once
+    loops: int = 0  # among them: a loop's small kernels are launched one by one, again and again
 
     @property
     def peak_bytes(self) -> int:
@@ -140,6 +143,12 @@ def loads_ahead(ptx: str) -> dict[str, int]:
     return found
 
 
+def count_launches(thunks: str) -> tuple[int, int]:
+    """Kernels and copies in XLA's list of thunks, and loops."""
+    kinds = _THUNK.findall(thunks)
+    return len(kinds) - kinds.count("CommandBuffer") - kinds.count("While"), kinds.count("While")
+
+
 def read_kernels(ptxas: str, launches: str, ahead: Mapping[str, int]) -> tuple[Kernel, ...]:
     """Kernels from what `ptxas -v` prints, for the shared memory given at launch from XLA's list of thunks, and from
     what `loads_ahead` found."""
@@ -182,6 +191,8 @@ def faults(program: Program) -> list[str]:
             )
         if kernel.registers and kernel.name.startswith(LOADS_AHEAD) and not kernel.ahead:
             found.append(f"{kernel.name} waits for all its loads, so none is under way while it computes")
+    if program.loops and program.what.startswith("step") and program.what.endswith("pallas"):
+        found.append(f"{program.loops} loops: each of their small kernels is launched by itself")
     most = MAX_ALL_REDUCES_PER_LAYER * program.num_layers + OTHER_ALL_REDUCES
     if program.num_devices > 1 and program.all_reduces > most:
         found.append(f"{program.all_reduces} all-reduces: expected at most {most}")
@@ -194,7 +205,7 @@ def faults(program: Program) -> list[str]:
 def table(programs: Iterable[Program]) -> str:
     """A Markdown table, one line for each program."""
     heads = (
-        "jax", "target", "model", "layers", "program", "kernels", "most registers", "spills", "most shared",
+        "jax", "target", "model", "layers", "program", "kernels", "launches", "most registers", "spills", "most shared",
         "loads ahead", "pool", "alias", "temp", "peak", "pool copies", "all-reduces", "compile",
     )  # fmt: skip
     rows = [heads, ("---",) * len(heads), *(_row(program) for program in programs)]
@@ -213,6 +224,7 @@ def _row(program: Program) -> Sequence[str]:
         str(program.num_layers),
         program.what,
         str(len(kernels)),
+        f"{program.launches:,}",
         f"{most.registers} ({most.name})" if most else "-",
         str(sum(kernel.spill_bytes for kernel in kernels)),
         f"{shared:,}",

@@ -15,6 +15,7 @@ from benchmarks.gpu_offline_report import (
     Kernel,
     Program,
     count_all_reduces,
+    count_launches,
     faults,
     loads_ahead,
     pool_copies,
@@ -119,6 +120,19 @@ $L__BB2_1:
     bra.uni $L__BB2_1;
 """
     assert loads_ahead(ptx) == {"first": 2, "third": 0}
+
+
+def test_launches_are_counted_and_loops():
+    thunks = """000: kCommandBuffer [source | sink]
+    001: kCopy         [source | sink] kCopy
+    002: kCustomKernel [source | sink] loop_add grid: [1, 1, 1] threads: [1, 1, 1]  shared_memory: 0 bytes
+003: kWhile        [source | sink]
+condition:
+    004: kCustomKernel [source | sink] compare grid: [1, 1, 1] threads: [1, 1, 1]  shared_memory: 0 bytes
+"""
+    assert count_launches(thunks) == (3, 1)
+    assert not faults(replace(SOUND, loops=1)), "XLA's steps may loop"
+    assert "1 loops" in faults(replace(SOUND, loops=1, what="step 1 pallas"))[0]
 
 
 def test_kernels_are_read_from_both_texts():

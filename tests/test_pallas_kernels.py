@@ -17,6 +17,7 @@ from jaxcept_kernels.pallas.write_kv import write_kv_pallas
 
 SCALE = 0.2
 MIXED = [(40, 1), (0, 37), (3, 1), (16, 16), (300, 20), (0, 1), (31, 1), (15, 2)]
+NUM_MIXED = sum(count for _, count in MIXED)
 SMALL = AttentionTiles(Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), programs=1)
 SPLIT = AttentionTiles(Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), programs=1000, max_splits=3)
 
@@ -45,11 +46,27 @@ def check(batch: Batch, layout: KVLayout, tolerance: float, **options: object) -
 
 
 @pytest.mark.parametrize("tiles", [SMALL, SPLIT], ids=["whole", "split"])
+@pytest.mark.parametrize("pad_entries", [3, NUM_MIXED + 5 - len(MIXED)], ids=["two launches", "one launch"])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 2, 64), (14, 2, 80), (20, 1, 96)])
-def test_mixed_batches_in_float32(heads: int, kv_heads: int, head_dim: int, tiles: AttentionTiles) -> None:
+def test_mixed_batches_in_float32(
+    heads: int, kv_heads: int, head_dim: int, pad_entries: int, tiles: AttentionTiles
+) -> None:
     layout = make_layout(num_kv_heads=kv_heads, head_dim=head_dim)
-    batch = make_batch(np.random.default_rng(0), layout, heads, MIXED, pad_tokens=5, pad_entries=3, columns=64)
+    rng = np.random.default_rng(0)
+    batch = make_batch(rng, layout, heads, MIXED, pad_tokens=5, pad_entries=pad_entries, columns=64)
     check(batch, layout, 2e-6, tiles=tiles)
+
+
+def test_a_step_of_as_many_tokens_as_sequences_has_one_launch() -> None:
+    layout = make_layout("bfloat16", head_dim=64)
+    names = []
+    for pad_entries in (0, 2):
+        batch = make_batch(np.random.default_rng(4), layout, 6, [(3, 1), (0, 3)], pad_entries=pad_entries, columns=64)
+        text = lowered(
+            lambda b: ragged_paged_attention(b.q, b.pool, b.meta, layout, 1, scale=SCALE), batch._replace(tables=[])
+        )
+        names.append([name for name in ("decode_attention", "prefill_attention") if name in text])
+    assert names == [["decode_attention", "prefill_attention"], ["decode_attention"]]
 
 
 def test_tiles_are_those_of_the_device_that_is_traced_for() -> None:

@@ -62,7 +62,7 @@ class Case:
 
 
 CASES = [
-    Case("float32", 64, 1, 2, 16, SPLIT),
+    Case("float32", 64, 1, 2, 16, SPLIT, tokens=24, entries=24),
     Case("float32", 80, 3, 2, 32, WHOLE, window=50),
     Case("float32", 96, 5, 1, 64, SPLIT, soft_cap=1.5),
     Case("float32", 256, 7, 1, 16, SPLIT, window=700, soft_cap=4.0),

@@ -83,25 +83,21 @@ def ragged_paged_attention(
     group = heads // layout.num_kv_heads
     dtype = layout.compute_dtype(q.dtype)
 
-    def run(name: str) -> jax.Array:
-        is_decode = name == "decode_attention"
-        tile = fit(tiles, is_decode, group, layout, dtype)
-        queries = 1 if is_decode else tile.rows // group
-        work = decode_work(meta) if is_decode else prefill_work(meta, tokens, queries)
+    def run(name: str, tile: Tile, work: Work, results: int) -> jax.Array:
         count = work.first.shape[0]
         spare = tiles.programs // (count * layout.num_kv_heads)
-        wanted = min(tiles.max_splits, spare, columns * layout.block_size // MIN_SPLIT)
-        results = entries if is_decode else tokens
-        splits = max(1, wanted)
+        splits = max(1, min(tiles.max_splits, spare, columns * layout.block_size // MIN_SPLIT))
         shape = Shape(name, count, results, splits, group, columns, layout, scale, window, soft_cap, tile)
         return attend(q, pool, meta, layer, work, shape)
 
+    small, large = (fit(tiles, is_decode, group, layout, dtype) for is_decode in (True, False))
+    if tokens == entries:  # decodes and short chunks: small tiles serve both in one launch
+        return run("decode_attention", small, every_work(meta, tokens, small.rows // group), tokens)
     token = jnp.arange(tokens, dtype=jnp.int32)
-    entry = jnp.searchsorted(meta.query_start, token, side="right").astype(jnp.int32) - 1
-    entry = jnp.minimum(entry, entries - 1)
+    entry = find_entry(meta.query_start[1:], token)
     length = jnp.where(token < meta.query_start[-1], jnp.diff(meta.query_start)[entry], 0)[:, None, None]
-    decoded = run("decode_attention")[entry]
-    prefilled = run("prefill_attention")
+    decoded = run("decode_attention", small, decode_work(meta), entries)[entry]
+    prefilled = run("prefill_attention", large, chunk_work(meta, tokens, large.rows // group, 2), tokens)
     # Rows that a launch does not compute hold anything, so they are chosen away and not multiplied by zero.
     return jnp.where(length == 1, decoded, jnp.where(length > 1, prefilled, jnp.zeros((), q.dtype)))
 
@@ -133,23 +129,46 @@ def decode_work(meta: AttentionMetadata) -> Work:
     return Work(entry, meta.query_start[:-1], count, meta.context_len - 1, entry)
 
 
-def prefill_work(meta: AttentionMetadata, tokens: int, queries: int) -> Work:
-    """Tiles of the entries with two queries or more, as many as any batch of this size may need; results by token.
+def chunk_work(meta: AttentionMetadata, tokens: int, queries: int, least: int) -> Work:
+    """Tiles of the entries with so many queries at least, as many as any batch of this size may need; results by token.
 
     Last queries first: they see most keys, and what starts last should end soon.
     """
     lengths = jnp.diff(meta.query_start)
-    per_entry = jnp.where(lengths > 1, (lengths + queries - 1) // queries, 0)
+    per_entry = jnp.where(lengths >= least, (lengths + queries - 1) // queries, 0)
     tile_end = jnp.cumsum(per_entry, dtype=jnp.int32)
-    most = min(tokens, tokens // queries + min(lengths.shape[0], -(-tokens // 2)))
+    # Each entry has one tile that may be short of all but one of its queries, and more tokens than tiles.
+    most = min(tokens, tokens // queries + min(lengths.shape[0], -(-tokens // least)))
     index = jnp.arange(most, dtype=jnp.int32)[::-1]
-    entry = jnp.searchsorted(tile_end, index, side="right").astype(jnp.int32)
-    is_used = entry < lengths.shape[0]
-    entry = jnp.minimum(entry, lengths.shape[0] - 1)
+    entry = find_entry(tile_end, index)
+    is_used = index < tile_end[-1]
     skipped = (index - (tile_end[entry] - per_entry[entry])) * queries
     count = jnp.where(is_used, jnp.minimum(queries, lengths[entry] - skipped), 0)
     first = meta.query_start[entry] + skipped
     return Work(entry, first, count, meta.context_len[entry] - lengths[entry] + skipped, first)
+
+
+def every_work(meta: AttentionMetadata, tokens: int, queries: int) -> Work:
+    """Tiles of all entries, results by token. Tiles that none needs give the padding tokens zeros.
+
+    There are enough of them: each tile of an entry has a token at least.
+    """
+    work = chunk_work(meta, tokens, queries, 1)
+    num_used = jnp.sum(work.queries > 0, dtype=jnp.int32)
+    padding = meta.query_start[-1] + jnp.arange(tokens, dtype=jnp.int32)[::-1] - num_used
+    is_padding = (work.queries == 0) & (padding < tokens)
+    first = jnp.where(is_padding, padding, work.first)
+    # From position -1 on one query sees no key.
+    return Work(
+        work.entry, first, jnp.where(is_padding, 1, work.queries), jnp.where(is_padding, -1, work.position), first
+    )
+
+
+def find_entry(ends: jax.Array, index: jax.Array) -> jax.Array:
+    """The entry that each index falls into, by where the entries end; the last one for those behind all."""
+    # All compared at once: a search by halves is a loop of small kernels in every step, on a GPU.
+    found = jnp.searchsorted(ends, index, side="right", method="compare_all").astype(jnp.int32)
+    return jnp.minimum(found, ends.shape[0] - 1)
 
 
 def attend(
