@@ -126,7 +126,7 @@ def count_all_reduces(hlo: str) -> int:
 def loads_ahead(ptx: str) -> dict[str, int]:
     """Groups of asynchronous loads that the loops of each kernel leave under way where they wait, the least of them.
 
-    A kernel without such a wait in a loop is absent.
+    Of a kernel whose loops are unrolled, all waits count but the last. One that never waits so is absent.
     """
     parts = _ENTRY.split(ptx)[1:]
     found = {}
@@ -138,6 +138,7 @@ def loads_ahead(ptx: str) -> dict[str, int]:
             branch = _BRANCH.search(line)
             if branch and branch[1] in labels:  # backwards: a loop's end
                 waits += [int(groups) for groups in _WAIT.findall("\n".join(lines[labels[branch[1]] : number]))]
+        waits = waits or [int(groups) for groups in _WAIT.findall(text)][:-1]
         if waits:
             found[name] = min(waits)
     return found

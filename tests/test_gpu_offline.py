@@ -118,8 +118,12 @@ $L__BB1_2:
 $L__BB2_1:
     cp.async.wait_group 0;
     bra.uni $L__BB2_1;
+.visible .entry unrolled(
+    cp.async.wait_group 2;
+    cp.async.wait_group 1;
+    cp.async.wait_group 0;
 """
-    assert loads_ahead(ptx) == {"first": 2, "third": 0}
+    assert loads_ahead(ptx) == {"first": 2, "third": 0, "unrolled": 1}
 
 
 def test_launches_are_counted_and_loops():

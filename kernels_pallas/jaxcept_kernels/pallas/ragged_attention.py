@@ -105,8 +105,8 @@ def ragged_paged_attention(
 def fit(tiles: AttentionTiles, is_decode: bool, group: int, layout: KVLayout, dtype: jnp.dtype) -> Tile:
     """The tile of a launch: a wider head or element takes fewer keys.
 
-    Products in float32 are summed in registers, not by tensor cores, and elements of one byte are widened there: larger
-    tiles of them spill.
+    Products in float32 are summed in registers, not by tensor cores, and elements of one byte are widened there: with
+    fewer warps or more keys those spill.
     """
     width, bytes_each = power_of_two(layout.head_dim), jnp.dtype(dtype).itemsize
     is_wide = width * bytes_each > HEAD_BYTES and not is_decode
@@ -114,11 +114,11 @@ def fit(tiles: AttentionTiles, is_decode: bool, group: int, layout: KVLayout, dt
     rows, keys, warps = tile.rows, tile.keys, tile.warps
     keys //= max(1, width * bytes_each // (2 * HEAD_BYTES if is_wide else HEAD_BYTES))
     if bytes_each == 4:
-        rows, keys = min(rows, 2048 // width), min(keys, 4096 // width)
+        rows, keys, warps = min(rows, 2048 // width), min(keys, 4096 // width), max(8, warps)
     else:
         warps = min(warps, max(4, rows // MATRIX_ROWS))
-    if is_decode and layout.is_quantized:
-        keys //= 2
+    if layout.is_quantized:
+        keys //= 2 if layout.head_dim == width or not is_decode else 4
     return Tile(max(MATRIX_ROWS, rows, power_of_two(group)), max(16, keys), warps, tile.stages)
 
 
