@@ -119,6 +119,7 @@ def fit(tiles: AttentionTiles, is_decode: bool, group: int, layout: KVLayout, dt
         warps = min(warps, max(4, rows // MATRIX_ROWS))
     if layout.is_quantized:
         keys //= 2 if layout.head_dim == width or not is_decode else 4
+        warps = max(warps, width // 32)
     return Tile(max(MATRIX_ROWS, rows, power_of_two(group)), max(16, keys), warps, tile.stages)
 
 
