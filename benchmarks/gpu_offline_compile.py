@@ -202,14 +202,15 @@ def compile_program(task: Task, devices: Devices) -> Program:
 
 def kernels_in(dump: Path, thunks: str) -> tuple[Kernel, ...]:
     """The kernels of one dumped compilation."""
-    sources = [path for path in sorted(dump.glob("*.ptx")) if ".entry" in path.read_text()]
+    texts = {path: path.read_text() for path in sorted(dump.glob("*.ptx"))}
+    sources = {path: text for path, text in texts.items() if ".entry" in text}
     with ThreadPoolExecutor(2) as threads:
-        told = list(threads.map(_assemble, sources))
-    return read_kernels("".join(told), thunks, loads_ahead("".join(path.read_text() for path in sources)))
+        told = list(threads.map(_assemble, sources, sources.values()))
+    return read_kernels("".join(told), thunks, loads_ahead("".join(sources.values())))
 
 
-def _assemble(path: Path) -> str:
-    architecture = next(line.split()[1] for line in path.read_text().splitlines() if line.startswith(".target"))
+def _assemble(path: Path, text: str) -> str:
+    architecture = next(line.split()[1] for line in text.splitlines() if line.startswith(".target"))
     command = [ptxas(), "-v", f"-arch={architecture.rstrip(',')}", str(path), "-o", "/dev/null"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 

@@ -58,6 +58,11 @@ class Kernel(NamedTuple):
     shared_bytes: int
     ahead: int | None = None  # groups of loads that its loops leave under way; None where none loads asynchronously
 
+    @property
+    def must_load_ahead(self) -> bool:
+        """Whether it is one of ours whose loop loads; what is known by its launch alone tells nothing."""
+        return bool(self.registers) and self.name.startswith(LOADS_AHEAD)
+
 
 @dataclass(frozen=True, slots=True)
 class Program:
@@ -190,7 +195,7 @@ def faults(program: Program) -> list[str]:
             found.append(
                 f"{kernel.name} takes {kernel.shared_bytes:,} bytes of shared memory of {program.shared_limit:,}"
             )
-        if kernel.registers and kernel.name.startswith(LOADS_AHEAD) and not kernel.ahead:
+        if kernel.must_load_ahead and not kernel.ahead:
             found.append(f"{kernel.name} waits for all its loads, so none is under way while it computes")
     if program.loops and program.what.startswith("step") and program.what.endswith("pallas"):
         found.append(f"{program.loops} loops: each of their small kernels is launched by itself")
@@ -217,7 +222,7 @@ def _row(program: Program) -> Sequence[str]:
     kernels = program.kernels
     most = max(kernels, key=lambda kernel: kernel.registers, default=None)
     shared = max((kernel.shared_bytes for kernel in kernels), default=0)
-    ahead = [kernel.ahead for kernel in kernels if kernel.name.startswith(LOADS_AHEAD) and kernel.ahead is not None]
+    ahead = [kernel.ahead for kernel in kernels if kernel.must_load_ahead and kernel.ahead is not None]
     return (
         program.jax,
         program.target if program.num_devices == 1 else f"{program.num_devices} x {program.target}",

@@ -112,7 +112,7 @@ def workloads(draw: st.DrawFn) -> Workload:
 
 
 @given(workloads())
-@settings(max_examples=600)
+@settings(max_examples=1000)
 def test_invariants_hold_everyone_finishes_and_nothing_leaks(workload: Workload):
     World(workload).run()
 
