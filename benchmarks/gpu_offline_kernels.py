@@ -19,7 +19,7 @@ from jaxcept_kernels.attention import Implementation, paged_attention, write_kv
 from jaxcept_kernels.blocks import copy_blocks, gather_each, scatter_each
 from jaxcept_kernels.grouped import grouped_linear
 from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
-from jaxcept_kernels.pallas.ragged_attention import ragged_paged_attention
+from jaxcept_kernels.scoring import Scoring
 
 POOL_BYTES = 2 << 30
 NUM_LAYERS = 2
@@ -140,11 +140,8 @@ def layer_step(case: Case, layout: KVLayout) -> Callable[..., Any]:
     def step(pool: Any, q: jax.Array, k: jax.Array, v: jax.Array, meta: Any) -> tuple[KVPool, jax.Array]:
         batch = AttentionMetadata(*meta)
         pool = write_kv(KVPool(*pool), k, v, batch, layout, 1, implementation=PALLAS)
-        scale = case.head_dim**-0.5
-        if case.window is None and case.soft_cap is None:
-            return pool, paged_attention(q, pool, batch, layout, 1, scale=scale, implementation=PALLAS)
-        options: dict[str, Any] = {"window": case.window, "soft_cap": case.soft_cap}
-        return pool, ragged_paged_attention(q, pool, batch, layout, 1, scale=scale, **options)
+        scoring = Scoring(case.head_dim**-0.5, case.window, case.soft_cap)
+        return pool, paged_attention(q, pool, batch, layout, 1, scoring=scoring, implementation=PALLAS)
 
     return step
 

@@ -36,6 +36,7 @@ from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
 from jaxcept_kernels.library import native_available
 from jaxcept_kernels.pallas.ragged_attention import ragged_paged_attention
 from jaxcept_kernels.pallas.tiles import AttentionTiles
+from jaxcept_kernels.scoring import Scoring
 
 POOL_SHARE = 0.7  # of the device's memory
 PEER_BYTES = 8 << 30  # of the copy of the pool that the peer's own layout needs
@@ -190,7 +191,7 @@ def step(group: Group, attend: Attention, q: jax.Array, index: jax.Array, operan
     """One layer's attention; its result is the next one's queries."""
     pool, meta = operands
     layer = index % jnp.int32(group.layout.num_layers)
-    return attend(q, pool, meta, group.layout, layer, scale=group.scale)
+    return attend(q, pool, meta, group.layout, layer, scoring=Scoring(group.scale))
 
 
 def queries(group: Group) -> jax.Array:

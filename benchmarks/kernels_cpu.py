@@ -24,6 +24,7 @@ from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
 from jaxcept_kernels.library import native_available
 from jaxcept_kernels.linear import linear, pack_weight
 from jaxcept_kernels.rows import argmax_rows
+from jaxcept_kernels.scoring import Scoring
 
 MEMORY_BYTES = 120_000_000  # of operands, so that they do not stay in a cache
 SHAPES = {"qkv": (512, 1024), "output": (512, 512), "gate_up": (512, 2752), "down": (1376, 512), "head": (512, 32_000)}
@@ -83,12 +84,13 @@ def make_step(
     layout: KVLayout, implementation: Implementation
 ) -> Callable[[KVPool, jax.Array, AttentionMetadata], tuple[KVPool, jax.Array]]:
     """Write and attention in every layer of the pool, compiled; the pool is donated."""
+    scoring = Scoring(HEAD_DIM**-0.5)
 
     def step(pool: KVPool, q: jax.Array, meta: AttentionMetadata) -> tuple[KVPool, jax.Array]:
         for layer in range(layout.num_layers):
             kv = q[:, :KV_HEADS]
             pool = write_kv(pool, kv, kv, meta, layout, layer, implementation=implementation)
-            q = paged_attention(q, pool, meta, layout, layer, scale=HEAD_DIM**-0.5, implementation=implementation)
+            q = paged_attention(q, pool, meta, layout, layer, scoring=scoring, implementation=implementation)
         return pool, q
 
     return jax.jit(step, donate_argnums=0)

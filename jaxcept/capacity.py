@@ -151,7 +151,7 @@ def default_max_model_len(model: str) -> int:
 def make_plan(name: str, footprint: Footprint, sheet: DeviceSheet, sizes: Sizes) -> Plan:
     """The plan. ValueError where the weights leave no room for one sequence."""
     memory = plan_memory(name, footprint, sheet, sizes)
-    shape, parallel = model_shape(name, footprint, sizes.block_size), footprint.parallel
+    shape, parallel = model_shape(name, footprint, sizes.block_size, sizes.context), footprint.parallel
 
     def costs_of(tokens: int) -> CostModel:
         return from_roofline(name, shape, sheet, parallel.tensor, -(-tokens // parallel.data))
@@ -167,9 +167,10 @@ def make_plan(name: str, footprint: Footprint, sheet: DeviceSheet, sizes: Sizes)
     )  # fmt: skip
 
 
-def model_shape(name: str, footprint: Footprint, block_size: int) -> ModelShape:
-    """What the roofline needs of a model."""
+def model_shape(name: str, footprint: Footprint, block_size: int, context: int) -> ModelShape:
+    """What the roofline needs of a model whose contexts are so many tokens long."""
     config = footprint.config
+    attended = sum(min(window or context, context) for window in config.windows or (None,)) / context
     experts = None
     if config.num_experts:
         each = 3 * config.hidden_size * config.intermediate_size * config.num_layers  # gate, up and down
@@ -177,6 +178,7 @@ def model_shape(name: str, footprint: Footprint, block_size: int) -> ModelShape:
     return ModelShape(
         name, num_params(config), config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads,
         config.head_dim, footprint.dtype.itemsize, footprint.kv_element_bytes(block_size), experts,
+        attended / max(1, len(config.windows)),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+SEES = "gemma3-sees"  # a model with a vision part, of which the text part is loaded
 _LLAMA: dict[str, Any] = {
     "vocab_size": 160,
     "hidden_size": 64,
@@ -40,8 +41,29 @@ _GPTJ: dict[str, Any] = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
+_GEMMA: dict[str, Any] = _LLAMA | {
+    "head_dim": 24,
+    "sliding_window": 20,
+    "query_pre_attn_scalar": 20,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+_GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 _EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 _BUILDERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "gemma2": (transformers.Gemma2Config, _GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3": (transformers.Gemma3TextConfig, _GEMMA | {"rope_parameters": _GEMMA3_ROPE}),
+    SEES: (lambda **text: transformers.Gemma3Config(text_config=text, vision_config=_VISION), _GEMMA),
     "gptj": (transformers.GPTJConfig, _GPTJ),
     "llama2": (transformers.LlamaConfig, _LLAMA | {"num_key_value_heads": 4}),
     "llama31": (transformers.LlamaConfig, _LLAMA | {"rope_parameters": _LLAMA31_ROPE}),
@@ -51,7 +73,7 @@ _BUILDERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "qwen3moe": (transformers.Qwen3MoeConfig, _LLAMA | _EXPERTS | {"head_dim": 32, "norm_topk_prob": True}),
     "mixtral": (transformers.MixtralConfig, _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
-FAMILIES = tuple(_BUILDERS)
+FAMILIES = tuple(family for family in _BUILDERS if family != SEES)
 
 
 def build_checkpoint(family: str, folder: Path, **overrides: Any) -> Path:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
+from jaxcept_kernels.scoring import Scoring
 
 
 class Batch(NamedTuple):
@@ -117,10 +118,7 @@ def attention_in_float64(
     layout: KVLayout,
     layer: int,
     spans: Sequence[tuple[int, int]],
-    scale: float,
-    *,
-    window: int | None = None,
-    soft_cap: float | None = None,
+    scoring: Scoring,
 ) -> np.ndarray:
     """[tokens, heads, head_dim], zeros for padding tokens."""
     keys, values = (np.asarray(part, np.float64) for part in written_pool(batch, layout, layer))
@@ -134,12 +132,12 @@ def attention_in_float64(
             part[context].swapaxes(1, 2).reshape(-1, *part.shape[1::2])[: before + count] for part in (keys, values)
         )
         at, key = np.arange(before, before + count)[:, None], np.arange(before + count)[None, :]
-        seen = key <= at if window is None else (key <= at) & (key > at - window)
+        seen = key <= at if scoring.window is None else (key <= at) & (key > at - scoring.window)
         for head in range(q.shape[1]):
             of = head // (q.shape[1] // layout.num_kv_heads)
-            scores = q[row : row + count, head] @ k[:, of].T * scale
-            if soft_cap is not None:
-                scores = soft_cap * np.tanh(scores / soft_cap)
+            scores = q[row : row + count, head] @ k[:, of].T * scoring.scale
+            if scoring.soft_cap is not None:
+                scores = scoring.soft_cap * np.tanh(scores / scoring.soft_cap)
             for i in range(count):  # by the row, so that a NaN reaches who sees it and nobody else
                 reach = scores[i, seen[i]]
                 weights = np.exp(reach - reach.max())

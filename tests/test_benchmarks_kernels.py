@@ -53,6 +53,7 @@ from jaxcept_kernels.pallas import ragged_attention
 from jaxcept_kernels.pallas.ragged_attention import ragged_paged_attention
 from jaxcept_kernels.pallas.tiles import ENTRIES, AttentionTiles, Tile, TileEntry, read_tiles, tiles_for, write_tiles
 from jaxcept_kernels.pallas.write_kv import write_kv_pallas
+from jaxcept_kernels.scoring import Scoring
 from jaxcept_serve import cli
 
 TINY = PRESETS["tiny"]
@@ -519,10 +520,10 @@ def test_candidates_that_fail_or_differ_are_out(monkeypatch: pytest.MonkeyPatch)
     default = ENTRIES["default"].tiles
     wanted = [default, *(replace(default, decode=Tile(16, keys, 2, 1)) for keys in (16, 32, 64))]
 
-    def attend(q: jax.Array, *_: object, tiles: AttentionTiles, scale: float) -> jax.Array:
+    def attend(q: jax.Array, *_: object, tiles: AttentionTiles, scoring: Scoring) -> jax.Array:
         if tiles == wanted[1]:
             raise ValueError("too much shared memory")
-        return q * jnp.float32(scale * 1.1 if tiles == wanted[2] else scale)
+        return q * jnp.float32(scoring.scale * (1.1 if tiles == wanted[2] else 1))
 
     monkeypatch.setattr(ragged_attention, "ragged_paged_attention", attend)
     monkeypatch.setattr(tune_tiles, "AT_ONCE", 2)

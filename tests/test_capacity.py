@@ -92,7 +92,7 @@ def test_parameters_are_the_published_ones(model: str, published: Any) -> None:
     [("qwen3-30b-a3b", 61_064_245_248 // 2, 3.3e9), ("mixtral-8x7b", 93_405_585_408 // 2, 12.9e9)],
 )
 def test_parameters_with_experts_are_the_published_ones(model: str, published: int, active: float) -> None:
-    shape = model_shape(model, footprint(model, 1), 16)
+    shape = model_shape(model, footprint(model, 1), 16, 2048)
     assert shape.num_params == num_params(SHAPES[model]) == published
     assert shape.active_params == pytest.approx(active, rel=0.02)
     assert shape.read_bytes(1) == pytest.approx(2 * shape.active_params)

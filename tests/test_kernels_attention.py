@@ -16,6 +16,7 @@ from jaxcept_kernels.attention import Implementation, paged_attention, write_kv
 from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool, make_pool
 from jaxcept_kernels.library import native_available
 from jaxcept_kernels.reference import TileConfig
+from jaxcept_kernels.scoring import Scoring
 
 IMPLEMENTATIONS = [
     pytest.param(Implementation.XLA, id="xla"),
@@ -27,7 +28,7 @@ IMPLEMENTATIONS = [
     pytest.param(Implementation.PALLAS, id="pallas"),  # interpreted
 ]
 
-SCALE = 0.2
+PLAIN = Scoring(0.2)
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +45,13 @@ def make_layout(**sizes: int) -> KVLayout:
 
 @functools.cache
 def jitted_step(
-    layout: KVLayout, layer: int, implementation: Implementation, tiles: TileConfig
+    layout: KVLayout, layer: int, implementation: Implementation, tiles: TileConfig, scoring: Scoring
 ) -> Callable[[Batch], tuple[jax.Array, KVPool]]:
     @jax.jit
     def step(batch: Batch) -> tuple[jax.Array, KVPool]:
         pool = write_kv(batch.pool, batch.k, batch.v, batch.meta, layout, layer, implementation=implementation)
         out = paged_attention(
-            batch.q, pool, batch.meta, layout, layer, scale=SCALE, implementation=implementation, tiles=tiles
+            batch.q, pool, batch.meta, layout, layer, scoring=scoring, implementation=implementation, tiles=tiles
         )
         return out, pool
 
@@ -63,18 +64,24 @@ def layer_step(
     layer: int,
     implementation: Implementation,
     tiles: TileConfig | None = None,
+    scoring: Scoring = PLAIN,
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """Attention's result and the pool, by one jitted step that writes and then attends."""
-    step = jitted_step(layout, layer, implementation, tiles or TileConfig())
+    step = jitted_step(layout, layer, implementation, tiles or TileConfig(), scoring)
     out, pool = step(batch._replace(tables=[]))
     return np.asarray(out), (np.asarray(pool[0]), np.asarray(pool[1]))
 
 
 def check(
-    batch: Batch, layout: KVLayout, spans: list[tuple[int, int]], layer: int, implementation: Implementation
+    batch: Batch,
+    layout: KVLayout,
+    spans: list[tuple[int, int]],
+    layer: int,
+    implementation: Implementation,
+    scoring: Scoring = PLAIN,
 ) -> None:
-    out, pool = layer_step(batch, layout, layer, implementation)
-    np.testing.assert_allclose(out, attention_in_float64(batch, layout, layer, spans, SCALE), rtol=2e-5, atol=2e-5)
+    out, pool = layer_step(batch, layout, layer, implementation, scoring=scoring)
+    np.testing.assert_allclose(out, attention_in_float64(batch, layout, layer, spans, scoring), rtol=2e-5, atol=2e-5)
     for got, want in zip(pool, written_pool(batch, layout, layer), strict=True):
         np.testing.assert_array_equal(got, want)
 
@@ -114,6 +121,40 @@ def test_long_contexts_span_many_chunks(implementation: Implementation) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("window", "soft_cap"), [(1, None), (16, None), (19, 1.5), (256, None), (300, 0.2), (2000, None), (None, 3.0)]
+)
+def test_windows_and_caps(implementation: Implementation, window: int | None, soft_cap: float | None) -> None:
+    layout, scoring = make_layout(num_blocks=160), Scoring(0.2, window, soft_cap)
+    spans = [(700, 1), (511, 1), (0, 40), (255, 2), (280, 70), (3, 1)]
+    batch = make_batch(np.random.default_rng(14), layout, 4, spans, pad_tokens=5, pad_entries=2)
+    check(batch, layout, spans, 1, implementation, scoring)
+    decodes = [(before, 1) for before, _ in spans]
+    batch = make_batch(np.random.default_rng(15), layout, 4, decodes, pad_tokens=2, pad_entries=2)
+    check(batch, layout, decodes, 0, implementation, scoring)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_what_lies_before_the_window_is_not_read(implementation: Implementation) -> None:
+    layout, scoring = make_layout(num_blocks=160), Scoring(0.2, 40)
+    spans = [(700, 1), (300, 20)]
+    batch = make_batch(np.random.default_rng(16), layout, 4, spans)
+    want = attention_in_float64(batch, layout, 1, spans, scoring)
+    gone = np.concatenate([batch.tables[0][: (701 - 40) // 16], batch.tables[1][: (301 - 40) // 16]])
+    pool = KVPool(*(part.at[layout.num_blocks + gone].set(jnp.nan) for part in batch.pool))
+    out, _ = layer_step(batch._replace(pool=pool), layout, 1, implementation, scoring=scoring)
+    np.testing.assert_allclose(out, want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("scoring", "says"), [({"window": 0}, "window=0: expected 1 or more"), ({"soft_cap": 0.0}, "expected more than 0")]
+)
+def test_scorings_that_make_no_sense(scoring: dict[str, float], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Scoring(0.2, **scoring)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_decodes_padded_to_a_bucket(implementation: Implementation) -> None:
     layout = make_layout(num_blocks=128)
     spans = [(length, 1) for length in (3, 700, 0, 16, 129)]
@@ -135,7 +176,7 @@ def test_scores_far_apart_do_not_overflow(implementation: Implementation) -> Non
     batch = make_batch(np.random.default_rng(6), layout, 4, spans)
     batch = batch._replace(q=batch.q * 300)
     out, _ = layer_step(batch, layout, 0, implementation)
-    np.testing.assert_allclose(out, attention_in_float64(batch, layout, 0, spans, SCALE), rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(out, attention_in_float64(batch, layout, 0, spans, PLAIN), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -178,7 +219,7 @@ def test_tile_sizes_do_not_change_the_result(tiles: TileConfig) -> None:
     layout = make_layout()
     batch = make_batch(np.random.default_rng(7), layout, 4, MIXED, pad_tokens=5, pad_entries=3)
     out, _ = layer_step(batch, layout, 0, Implementation.XLA, tiles=tiles)
-    np.testing.assert_allclose(out, attention_in_float64(batch, layout, 0, MIXED, SCALE), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(out, attention_in_float64(batch, layout, 0, MIXED, PLAIN), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -188,7 +229,7 @@ def test_the_layer_may_be_traced(implementation: Implementation) -> None:
 
     def run(layer: int | jax.Array) -> tuple[jax.Array, ...]:
         pool = write_kv(batch.pool, batch.k, batch.v, batch.meta, layout, layer, implementation=implementation)
-        out = paged_attention(batch.q, pool, batch.meta, layout, layer, scale=SCALE, implementation=implementation)
+        out = paged_attention(batch.q, pool, batch.meta, layout, layer, scoring=PLAIN, implementation=implementation)
         return out, *pool
 
     for got, want in zip(jax.jit(run)(jnp.int32(1)), jax.jit(functools.partial(run, 1))(), strict=True):
@@ -210,24 +251,26 @@ def cut_batch(batch: Batch, spans: list[tuple[int, int]], entry: int) -> Batch:
 
 
 @pytest.mark.skipif(not native_available(), reason="needs the native kernels")
+@pytest.mark.parametrize("scoring", [PLAIN, Scoring(0.2, 300, 2.0)])
 @pytest.mark.parametrize(("heads", "head_dim"), [(4, 64), (6, 20)])
-def test_native_bits_do_not_depend_on_the_batch(heads: int, head_dim: int) -> None:
+def test_native_bits_do_not_depend_on_the_batch(heads: int, head_dim: int, scoring: Scoring) -> None:
     layout = make_layout(num_blocks=250, head_dim=head_dim)
     spans = [*MIXED, (1100, 2), (300, 1)]
     batch = make_batch(np.random.default_rng(11), layout, heads, spans)
-    together, _ = layer_step(batch, layout, 0, Implementation.NATIVE)
+    together, _ = layer_step(batch, layout, 0, Implementation.NATIVE, scoring=scoring)
     row = 0
     for entry, (_, count) in enumerate(spans):
-        alone, _ = layer_step(cut_batch(batch, spans, entry), layout, 0, Implementation.NATIVE)
+        alone, _ = layer_step(cut_batch(batch, spans, entry), layout, 0, Implementation.NATIVE, scoring=scoring)
         np.testing.assert_array_equal(alone, together[row : row + count])
         row += count
 
 
 @pytest.mark.skipif(not native_available(), reason="needs the native kernels")
-def test_native_bits_are_those_of_a_prefill_and_of_decodes() -> None:
+@pytest.mark.parametrize("scoring", [PLAIN, Scoring(0.2, 100, 2.0)])
+def test_native_bits_are_those_of_a_prefill_and_of_decodes(scoring: Scoring) -> None:
     layout = make_layout()
     batch = make_batch(np.random.default_rng(12), layout, 4, [(0, 300)])
-    whole, pool = layer_step(batch, layout, 0, Implementation.NATIVE)
+    whole, pool = layer_step(batch, layout, 0, Implementation.NATIVE, scoring=scoring)
     for token in (0, 1, 31, 254, 255, 256, 257, 299):
         decode = cut_batch(batch, [(0, 300)], 0)._replace(pool=KVPool(jnp.asarray(pool[0]), jnp.asarray(pool[1])))
         rows = slice(token, token + 1)
@@ -238,7 +281,7 @@ def test_native_bits_are_those_of_a_prefill_and_of_decodes() -> None:
             context_len=jnp.asarray([token + 1], jnp.int32),
         )
         decode = decode._replace(q=decode.q[rows], k=decode.k[rows], v=decode.v[rows], meta=meta)
-        alone, _ = layer_step(decode, layout, 0, Implementation.NATIVE)
+        alone, _ = layer_step(decode, layout, 0, Implementation.NATIVE, scoring=scoring)
         np.testing.assert_array_equal(alone[0], whole[token])
 
 
@@ -248,7 +291,7 @@ def test_half_precision_pool(implementation: Implementation) -> None:
     batch = make_batch(np.random.default_rng(9), layout, 4, MIXED)
     out, _ = layer_step(batch, layout, 0, implementation)
     assert out.dtype == jnp.bfloat16
-    want = attention_in_float64(batch, layout, 0, MIXED, SCALE)
+    want = attention_in_float64(batch, layout, 0, MIXED, PLAIN)
     np.testing.assert_allclose(out.astype(np.float64), want, rtol=0.03, atol=0.03)
 
 
@@ -265,7 +308,7 @@ def test_a_donated_pool_stays_in_place(implementation: Implementation, dtype: st
         for layer in range(layout.num_layers):
             k, v = batch.k + out[:, :2], batch.v + out[:, 2:]  # a layer's keys follow from the last one's output
             kv = write_kv(kv, k, v, batch.meta, layout, layer, implementation=implementation)
-            out = paged_attention(out, kv, batch.meta, layout, layer, scale=SCALE, implementation=implementation)
+            out = paged_attention(out, kv, batch.meta, layout, layer, scoring=PLAIN, implementation=implementation)
         return kv, out
 
     jitted = jax.jit(step, donate_argnums=0)

@@ -18,8 +18,9 @@ from jaxcept_kernels.attention import Implementation, paged_attention, write_kv
 from jaxcept_kernels.layout import KVLayout, KVPool
 from jaxcept_kernels.pallas.common import Launch
 from jaxcept_kernels.quantized import quantize, scale_of
+from jaxcept_kernels.scoring import Scoring
 
-SCALE = 0.2
+SCORING = Scoring(0.2)
 MIXED = [(40, 1), (0, 37), (3, 1), (16, 16), (100, 20), (0, 1), (31, 1), (15, 2)]
 SIZES = [(16, 128, 2), (16, 64, 4), (64, 32, 2), (3, 20, 2), (32, 80, 6)]  # block size, head dim, heads
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1.6e-2}
@@ -87,7 +88,8 @@ def compiled(layout: KVLayout, implementation: Implementation) -> Any:
     @jax.jit
     def step(batch: Batch) -> tuple[jax.Array, KVPool]:
         pool = write_kv(batch.pool, batch.k, batch.v, batch.meta, layout, 1, implementation=implementation)
-        return paged_attention(batch.q, pool, batch.meta, layout, 1, scale=SCALE, implementation=implementation), pool
+        out = paged_attention(batch.q, pool, batch.meta, layout, 1, scoring=SCORING, implementation=implementation)
+        return out, pool
 
     return step
 
@@ -109,7 +111,7 @@ def check(
         batch, floats, written = quantized_batch(drawn, layout, seed)
         out, pool = compiled(layout, implementation)(batch._replace(tables=[]))
     assert out.dtype == dtype
-    want = attention_in_float64(floats, floats_layout, 1, spans, SCALE)
+    want = attention_in_float64(floats, floats_layout, 1, spans, SCORING)
     got = np.asarray(out, np.float64)
     assert np.abs(got - want).max() <= TOLERANCE[dtype] * np.abs(want).max()
     for part, expected in zip(pool, written, strict=True):

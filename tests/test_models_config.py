@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,10 @@ QWEN3_MOE = LLAMA | {
 }
 MIXTRAL = LLAMA | {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "num_key_value_heads": 8, "max_position_embeddings": 32768}
+
+WINDOW = {"use_sliding_window": True, "sliding_window": 64}
+GEMMA2 = {"architectures": ["Gemma2ForCausalLM"], "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4096}
+GEMMA3 = GEMMA2 | {"architectures": ["Gemma3ForCausalLM"], "sliding_window": 512}
 
 
 def read(folder: Path, values: dict[str, Any] | str) -> ModelConfig:
@@ -131,33 +134,76 @@ def test_generation_config_knows_more_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "positions"),
+    ("values", "windows"),
     [
-        (MISTRAL | {"sliding_window": 4096}, 4096),
-        (MISTRAL | {"sliding_window": None}, 32768),
-        (MISTRAL | {"sliding_window": 65536}, 32768),
-        (MISTRAL, 4096),  # absent: transformers takes 4096
-        (LLAMA | {"sliding_window": 64}, 4096),  # Llama has none
-        (MIXTRAL | {"sliding_window": 64}, 64),
-        (MIXTRAL | {"sliding_window": None}, 4096),
-        (MIXTRAL, 4096),  # absent: none
-        (QWEN3_MOE | {"use_sliding_window": False, "sliding_window": 64}, 4096),
-        (QWEN3_MOE | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 32}, 64),
-        (QWEN2 | {"use_sliding_window": False, "sliding_window": 64}, 4096),
-        (QWEN2 | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 32}, 4096),
-        (QWEN2 | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 28}, 64),
-        (QWEN2 | {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["full_attention"] * 32}, 4096),
-        (QWEN2 | {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"] * 32}, 64),
+        (MISTRAL | {"sliding_window": 4096}, [4096] * 32),
+        (MISTRAL | {"sliding_window": None}, []),
+        (MISTRAL | {"sliding_window": 65536}, []),  # no context is longer
+        (MISTRAL, [4096] * 32),  # absent: transformers takes 4096
+        (LLAMA | {"sliding_window": 64}, []),  # Llama has none
+        (MIXTRAL | {"sliding_window": 64}, [64] * 32),
+        (MIXTRAL | {"sliding_window": None}, []),
+        (MIXTRAL, []),  # absent: none
+        (QWEN3_MOE | {"use_sliding_window": False, "sliding_window": 64}, []),
+        (QWEN3_MOE | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 32}, [64] * 32),
+        (QWEN2 | {"use_sliding_window": False, "sliding_window": 64}, []),
+        (QWEN2 | WINDOW | {"max_window_layers": 32}, []),
+        (QWEN2 | WINDOW | {"max_window_layers": 28}, [None] * 28 + [64] * 4),
+        (QWEN2 | WINDOW | {"layer_types": ["full_attention"] * 32}, []),
+        (QWEN2 | WINDOW | {"layer_types": ["full_attention", "sliding_attention"] * 16}, [None, 64] * 16),
+        (GEMMA2, [4096, None] * 13),
+        (GEMMA2 | {"sliding_window": 64, "num_hidden_layers": 3}, [64, None, 64]),
+        (GEMMA3 | {"num_hidden_layers": 8}, [512] * 5 + [None] + [512] * 2),
+        (GEMMA3 | {"num_hidden_layers": 4, "sliding_window_pattern": 2}, [512, None] * 2),
+        (GEMMA3 | {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}, [None, 512]),
     ],
 )
-def test_a_sliding_window_limits_the_context(
-    tmp_path: Path, values: dict[str, Any], positions: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING):
-        config = read(tmp_path, values)
-    assert config.max_position_embeddings == positions
-    limited = positions < values["max_position_embeddings"]
-    assert ("contexts are limited" in caplog.text) == limited
+def test_sliding_windows(tmp_path: Path, values: dict[str, Any], windows: list[int | None]) -> None:
+    config = read(tmp_path, values)
+    assert list(config.windows) == windows
+    assert config.max_position_embeddings == values.get("max_position_embeddings", config.max_position_embeddings)
+
+
+def test_gemma_2_as_published(tmp_path: Path) -> None:
+    config = read(tmp_path, GEMMA2)
+    assert (config.num_layers, config.head_dim, config.vocab_size, config.max_position_embeddings) == (
+        *(26, 256, 256000),
+        8192,
+    )
+    assert (config.attention_soft_cap, config.logits_soft_cap, config.attention_scale) == (50.0, 30.0, 1 / 16)
+    assert config.ropes == (RopeConfig(1e4, 256),) and not config.qk_norm and config.tie_word_embeddings
+    uncapped = read(tmp_path, GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": 5})
+    assert (uncapped.attention_soft_cap, uncapped.logits_soft_cap) == (None, 5.0)
+
+
+def test_gemma_3_reads_alike_from_old_and_new_fields(tmp_path: Path) -> None:
+    old = read(tmp_path, GEMMA3 | {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}})
+    each = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    assert read(tmp_path, GEMMA3 | {"rope_parameters": each}) == old
+    assert old.ropes == (RopeConfig(1e6, 256, scaling=LinearScaling(8.0)), RopeConfig(1e4, 256))
+    assert (old.attention_soft_cap, old.logits_soft_cap, old.qk_norm) == (None, None, True)
+    assert old.max_position_embeddings == 131072
+
+
+def test_gemma_3_that_sees_has_its_text_part_below(tmp_path: Path) -> None:
+    """As published: what transformers takes for granted is left out."""
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    top = {"architectures": ["Gemma3ForConditionalGeneration"], "eos_token_id": [1, 106], "text_config": text}
+    config = read(tmp_path, top | {"vision_config": {"hidden_size": 1152}})
+    assert (config.num_heads, config.num_kv_heads, config.vocab_size, config.eos_token_ids) == (8, 4, 262208, (1, 106))
+    assert config.windows[:6] == (1024,) * 5 + (None,) and config.embedding_scale == 2560**0.5
+    with pytest.raises(CheckpointError, match="text_config is missing"):
+        read(tmp_path, {"architectures": ["Gemma3ForConditionalGeneration"]})
 
 
 @pytest.mark.parametrize(
@@ -187,6 +233,14 @@ def test_a_sliding_window_limits_the_context(
         (LLAMA | {"rms_norm_eps": "tiny"}, "rms_norm_eps is 'tiny', expected a finite number"),
         (LLAMA | {"tie_word_embeddings": 1}, "tie_word_embeddings is 1, expected true or false"),
         (LLAMA | {"eos_token_id": [2.5]}, "eos_token_id"),
+        (QWEN2 | WINDOW | {"layer_types": ["sliding_attention"] * 31}, "31 layers have a type: expected 32"),
+        (QWEN2 | WINDOW | {"layer_types": ["linear_attention"] * 32}, "layer_types names linear_attention"),
+        (GEMMA2 | {"hidden_activation": "relu"}, "supported is 'gelu_pytorch_tanh'"),
+        (GEMMA2 | {"sliding_window": None}, "sliding_window is missing, and layers have one"),
+        (GEMMA2 | {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0.0, expected more than 0"),
+        (GEMMA2 | {"final_logit_softcapping": -1}, "final_logit_softcapping is -1.0, expected more than 0"),
+        (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
+        (GEMMA3 | {"sliding_window_pattern": 0}, "sliding_window_pattern is 0, expected 1 or more"),
         ({"architectures": ["GPTJForCausalLM"], "rotary_dim": None}, "rotary_dim is null"),
         ({"architectures": ["GPTJForCausalLM"], "rotary_dim": 512}, "rotary_dim=512: expected at most head_dim=256"),
         ({"architectures": ["GPTJForCausalLM"], "activation_function": "relu"}, "supported is 'gelu_new'"),

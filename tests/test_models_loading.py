@@ -23,9 +23,7 @@ from jaxcept_kernels.attention import Implementation
 from jaxcept_kernels.linear import pack_weight
 from jaxcept_models.config import read_config
 from jaxcept_models.errors import CheckpointError
-from jaxcept_models.gptj import gptj_weights
-from jaxcept_models.llama import llama_weights
-from jaxcept_models.model import Model, load_model
+from jaxcept_models.model import Model, load_model, stored_parts
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -62,7 +60,7 @@ def by_path(model: Model) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_row_of_every_array_has_one_source(family: str, tmp_path: Path) -> None:
     config = read_config(build_checkpoint(family, tmp_path))
-    for path, parts in (gptj_weights(config) if family == "gptj" else llama_weights(config)).items():
+    for path, parts in stored_parts(config).items():
         for entry in {part.entry for part in parts}:
             filled = [part.rows for part in parts if part.entry == entry]
             if len(filled) == 1:

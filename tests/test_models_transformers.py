@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from checkpoints import FAMILIES, build_checkpoint, reference_model
+from checkpoints import FAMILIES, SEES, build_checkpoint, reference_model
 from paging import PagedRun, run_prompt
 
 from jaxcept_kernels.attention import Implementation
@@ -34,8 +34,20 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen25-yarn": ("qwen25", {"rope_parameters": YARN, "tie_word_embeddings": False, "num_key_value_heads": 4}),
     "qwen3-biased": ("qwen3", {"attention_bias": True, "tie_word_embeddings": False}),
     "qwen3moe-unnormed": ("qwen3moe", {"norm_topk_prob": False, "num_experts": 5, "moe_intermediate_size": 40}),
+    "mistral-windows": ("mistral", {"sliding_window": 24}),
+    "qwen25-windows": (
+        "qwen25",
+        {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 33, "max_window_layers": 1},
+    ),
+    SEES: (SEES, {}),
+    "gemma2-wide-window": ("gemma2", {"sliding_window": 4096, "attention_bias": True, "tie_word_embeddings": True}),
     "gptj-tied": ("gptj", {"tie_word_embeddings": True, "n_inner": 112, "rotary_dim": 16}),
 }
+
+NATIVE = (
+    *("gptj", "qwen3", "qwen3moe-unnormed", "llama-biased", "llama-odd-sizes"),
+    *("gemma2", "gemma3", "mistral-windows"),
+)
 
 
 class Twins(NamedTuple):
@@ -90,7 +102,7 @@ def test_prompt_logits(twins: Callable[[str], Twins], name: str) -> None:
     assert_close(run_prompt(pair.ours, ids), expected)
 
 
-@pytest.mark.parametrize("name", ["gptj", "qwen3", "qwen3moe-unnormed", "llama-biased", "llama-odd-sizes"])
+@pytest.mark.parametrize("name", NATIVE)
 def test_native_prompt_logits(twins: Callable[[str], Twins], name: str) -> None:
     pair, ids = twins(name), prompt(90)
     native = load_model(pair.folder, implementation=Implementation.NATIVE)
@@ -98,7 +110,7 @@ def test_native_prompt_logits(twins: Callable[[str], Twins], name: str) -> None:
     assert_close(run_prompt(native, ids), pair.expected(ids))
 
 
-@pytest.mark.parametrize("family", ["gptj", "qwen3", "qwen3moe", "qwen3moe-unnormed"])
+@pytest.mark.parametrize("family", ["gptj", "qwen3", "qwen3moe", "qwen3moe-unnormed", "gemma2"])
 def test_native_bits_do_not_depend_on_the_batch(twins: Callable[[str], Twins], family: str) -> None:
     model = load_model(twins(family).folder, implementation=Implementation.NATIVE)
     ids = prompt(40)

@@ -14,8 +14,9 @@ from jaxcept_kernels.pallas.common import device_kind
 from jaxcept_kernels.pallas.ragged_attention import ragged_paged_attention
 from jaxcept_kernels.pallas.tiles import AttentionTiles, Tile
 from jaxcept_kernels.pallas.write_kv import write_kv_pallas
+from jaxcept_kernels.scoring import Scoring
 
-SCALE = 0.2
+SCORING = Scoring(0.2)
 MIXED = [(40, 1), (0, 37), (3, 1), (16, 16), (300, 20), (0, 1), (31, 1), (15, 2)]
 NUM_MIXED = sum(count for _, count in MIXED)
 SMALL = AttentionTiles(Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), programs=1)
@@ -31,7 +32,7 @@ def run(batch: Batch, layout: KVLayout, **options: object) -> tuple[np.ndarray, 
     @jax.jit
     def step(batch: Batch) -> tuple[jax.Array, KVPool]:
         pool = write_kv_pallas(batch.pool, batch.k, batch.v, batch.meta, layout, 1)
-        return ragged_paged_attention(batch.q, pool, batch.meta, layout, 1, scale=SCALE, **options), pool
+        return ragged_paged_attention(batch.q, pool, batch.meta, layout, 1, scoring=SCORING, **options), pool
 
     out, pool = step(batch._replace(tables=[]))
     return np.asarray(out, np.float64), pool
@@ -39,7 +40,7 @@ def run(batch: Batch, layout: KVLayout, **options: object) -> tuple[np.ndarray, 
 
 def check(batch: Batch, layout: KVLayout, tolerance: float, **options: object) -> None:
     out, pool = run(batch, layout, **options)
-    want = attention_in_float64(batch, layout, 1, MIXED, SCALE)
+    want = attention_in_float64(batch, layout, 1, MIXED, SCORING)
     assert np.abs(out - want).max() <= tolerance * np.abs(want).max()
     for got, part in zip(pool, written_pool(batch, layout, 1), strict=True):
         np.testing.assert_array_equal(np.asarray(got, np.float64), np.asarray(part, np.float64))
@@ -63,7 +64,7 @@ def test_a_step_of_as_many_tokens_as_sequences_has_one_launch() -> None:
     for pad_entries in (0, 2):
         batch = make_batch(np.random.default_rng(4), layout, 6, [(3, 1), (0, 3)], pad_entries=pad_entries, columns=64)
         text = lowered(
-            lambda b: ragged_paged_attention(b.q, b.pool, b.meta, layout, 1, scale=SCALE), batch._replace(tables=[])
+            lambda b: ragged_paged_attention(b.q, b.pool, b.meta, layout, 1, scoring=SCORING), batch._replace(tables=[])
         )
         names.append([name for name in ("decode_attention", "prefill_attention") if name in text])
     assert names == [["decode_attention", "prefill_attention"], ["decode_attention"]]
@@ -86,7 +87,7 @@ def test_every_kernel_lowers_for_cuda(dtype: str, head_dim: int) -> None:
 
     def step(batch: Batch) -> object:
         pool = write_kv_pallas(batch.pool, batch.k, batch.v, batch.meta, layout, 1)
-        out = ragged_paged_attention(batch.q, pool, batch.meta, layout, 1, scale=SCALE, window=9, soft_cap=2.0)
+        out = ragged_paged_attention(batch.q, pool, batch.meta, layout, 1, scoring=Scoring(0.2, 9, 2.0))
         pool = copy_blocks_pallas(pool, layout, ids, ids)
         return out, scatter_each_pallas(pool, layout, ids, gather_each_pallas(pool, layout, ids))
 

@@ -26,6 +26,7 @@ from jaxcept_kernels.pallas.blocks import (
 from jaxcept_kernels.pallas.ragged_attention import ragged_paged_attention
 from jaxcept_kernels.pallas.tiles import AttentionTiles, Tile
 from jaxcept_kernels.pallas.write_kv import write_kv_pallas
+from jaxcept_kernels.scoring import Scoring
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 2e-3}
 LONGEST = 4096
@@ -57,8 +58,8 @@ class Case:
         )
 
     @property
-    def scale(self) -> float:
-        return float(self.head_dim**-0.5)
+    def scoring(self) -> Scoring:
+        return Scoring(float(self.head_dim**-0.5), self.window, self.soft_cap)
 
 
 CASES = [
@@ -94,8 +95,8 @@ def compiled(case: Case) -> Callable[[Batch], tuple[jax.Array, KVPool]]:
     @jax.jit
     def step(batch: Batch) -> tuple[jax.Array, KVPool]:
         pool = write_kv_pallas(batch.pool, batch.k, batch.v, batch.meta, case.layout, jnp.int32(1))
-        attention = partial(ragged_paged_attention, window=case.window, soft_cap=case.soft_cap, tiles=case.tiles)
-        return attention(batch.q, pool, batch.meta, case.layout, 1, scale=case.scale), pool
+        attention = partial(ragged_paged_attention, scoring=case.scoring, tiles=case.tiles)
+        return attention(batch.q, pool, batch.meta, case.layout, 1), pool
 
     return step
 
@@ -122,8 +123,7 @@ def check(case: Case, spans: list[tuple[int, int]], shared: int = 0, broken: Ite
         rows = layout.num_blocks + batch.tables[entry]
         batch = batch._replace(pool=KVPool(*(part.at[rows].set(jnp.nan) for part in batch.pool)))
     out, pool = compiled(case)(batch._replace(tables=[]))
-    reference = partial(attention_in_float64, window=case.window, soft_cap=case.soft_cap)
-    want, got = reference(batch, layout, 1, spans, case.scale), np.asarray(out, np.float64)
+    want, got = attention_in_float64(batch, layout, 1, spans, case.scoring), np.asarray(out, np.float64)
     assert np.isnan(got[np.isnan(want)]).all()
     is_sound = np.ones(case.tokens, bool)
     total = sum(count for _, count in spans)

@@ -36,8 +36,10 @@ from jaxcept_models.sharding import DATA, LLAMA_RULES, TENSOR, check_tensor_size
 from tests.test_scheduler_swaps import Swapping
 
 MESHES = [(2, 1), (4, 1), (8, 1), (4, 2)]
-SHARED_FAMILIES = [family for family in FAMILIES if family != "mixtral"]  # which is shared as qwen3moe is
-ENGINE_MESHES = dict(zip(SHARED_FAMILIES, [(2, 1), (8, 1), (4, 1), (4, 2), (8, 1), (2, 2), (2, 2)], strict=True))
+SHARED_FAMILIES = [family for family in FAMILIES if family not in ("gemma3", "mixtral")]  # as gemma2, as qwen3moe
+ENGINE_MESHES = dict(
+    zip(SHARED_FAMILIES, [(4, 1), (2, 1), (8, 1), (4, 1), (4, 2), (8, 1), (2, 2), (2, 2)], strict=True)
+)
 SIZE = 8  # tokens of a block
 LENGTHS = (5, 30, 17, 44)
 SHARED = 16  # tokens that the prompts begin with
@@ -53,7 +55,7 @@ def wide(family: str, folder: Path, **overrides: Any) -> Path:
         sizes = {"n_head": 8, "rotary_dim": 4}
     else:
         sizes = {"num_attention_heads": 8, "num_key_value_heads": 8 if family == "llama2" else 2}
-        sizes |= {} if family == "llama31" else {"num_hidden_layers": 1}
+        sizes |= {} if family in ("llama31", "gemma2") else {"num_hidden_layers": 1}
     return build_checkpoint(family, folder, **sizes | overrides)
 
 

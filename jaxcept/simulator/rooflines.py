@@ -50,6 +50,7 @@ class ModelShape:
     dtype_bytes: int = 2
     kv_element_bytes: float | None = None  # None is dtype_bytes
     experts: ExpertShape | None = None
+    attended_share: float = 1.0  # of a context that a layer reads, the mean over layers with windows and without
 
     @property
     def active_params(self) -> int:
@@ -189,6 +190,7 @@ def from_roofline(
         f"{device.name} x {num_devices}, data sheet: {device.flops / 1e12:g} TFLOP/s, {device.bandwidth / 1e9:g} GB/s"
     )
     reaches = f"assumed reach: {COMPUTE_EFFICIENCY:.0%} of the operations, {BANDWIDTH_EFFICIENCY:.0%} of the bandwidth"
+    windowed = "" if model.attended_share == 1 else f", the {model.attended_share:.0%} of it within the windows"
     link = "10.0 GB/s, the link of the published GPT-J profile, for all devices together as in that of Vicuna-13B x 2"
     return CostModel(
         name=name,
@@ -198,8 +200,8 @@ def from_roofline(
         overhead_s=step_overhead_s() + num_reduces * ALL_REDUCE_LATENCY_S,
         floor_s=model.read_bytes(tokens) / bandwidth,
         token_s=2 * model.active_params / flops + num_reduces * reduced_bytes / peer_bandwidth,
-        context_token_s=model.kv_token_bytes / bandwidth,
-        pair_s=4 * model.num_layers * model.num_heads * model.head_dim / flops,
+        context_token_s=model.attended_share * model.kv_token_bytes / bandwidth,
+        pair_s=model.attended_share * 4 * model.num_layers * model.num_heads * model.head_dim / flops,
         saturation_tokens=GPTJ_PROFILE.saturation_tokens,
         kv_token_bytes=model.kv_token_bytes,
         swap_out_latency_s=SWAP_LATENCY_S,
@@ -212,8 +214,8 @@ def from_roofline(
             "floor_s": f"read of {_what_is_read(model, tokens)}; {sheet}; {reaches}",
             "token_s": f"2 operations a parameter{' that a token meets' if model.experts else ''}, and the all-reduces'"
             f" bytes at {device.peer_bandwidth / 1e9:g} GB/s a direction; {sheet}; {reaches}",
-            "context_token_s": f"read of a token's KV; {sheet}; {reaches}",
-            "pair_s": f"4 * layers * heads * head size operations; {sheet}; {reaches}",
+            "context_token_s": f"read of a token's KV{windowed}; {sheet}; {reaches}",
+            "pair_s": f"4 * layers * heads * head size operations{windowed}; {sheet}; {reaches}",
             "saturation_tokens": f"{PAPER}: 384 for both models that it gives, taken over; the roofline alone bends at"
             f" {model.read_bytes(tokens) / bandwidth / (2 * model.active_params / flops):.0f}",
             "kv_token_bytes": f"2 * layers * KV heads * head size * {model.kv_element_size:g} bytes, from the model's"

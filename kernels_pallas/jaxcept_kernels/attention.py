@@ -13,6 +13,7 @@ from jaxcept_kernels.library import native_available
 from jaxcept_kernels.pallas.ragged_attention import ragged_paged_attention
 from jaxcept_kernels.pallas.write_kv import write_kv_pallas
 from jaxcept_kernels.reference import TileConfig, paged_attention_xla, write_kv_xla
+from jaxcept_kernels.scoring import Scoring
 
 
 class Implementation(StrEnum):
@@ -58,25 +59,25 @@ def paged_attention(
     layout: KVLayout,
     layer: int | jax.Array,
     *,
-    scale: float,
+    scoring: Scoring,
     implementation: Implementation = Implementation.XLA,
     tiles: TileConfig = TileConfig(),  # noqa: B008 (a frozen value)
 ) -> jax.Array:
     """Causal attention of each token over its sequence's context in the pool: [tokens, heads, head_dim], q's dtype.
 
     Padding tokens give zeros. `layer` is an int or an int32 scalar; `tiles` is XLA's, and PALLAS has the sizes that
-    are kept for the kind of device. NATIVE takes float32
-    on a CPU that has a C++ compiler, and leaves the rest to XLA; a token's result there is the same bits whatever
-    shares the batch, as a decode and as part of a prefill.
+    are kept for the kind of device. NATIVE takes float32 on a CPU that has a C++ compiler, and leaves the rest to XLA;
+    a token's result there is the same bits whatever shares the batch, as a decode and as part of a prefill.
     """
     if implementation is Implementation.PALLAS:
-        return ragged_paged_attention(q, pool, meta, layout, layer, scale=scale)
+        return ragged_paged_attention(q, pool, meta, layout, layer, scoring=scoring)
     if implementation is Implementation.XLA or not can_run_native(pool.k, q):
-        return paged_attention_xla(q, pool, meta, layout, layer, scale=scale, tiles=tiles)
+        return paged_attention_xla(q, pool, meta, layout, layer, scoring=scoring, tiles=tiles)
     call = jax.ffi.ffi_call("jaxcept_paged_attention", like(q))
     batch = (meta.query_start, meta.context_len, meta.block_tables)
-    sizes = {"num_blocks": np.int64(layout.num_blocks), "scale": np.float32(scale)}
-    return call(q, *pool, *batch, first_row(layout, layer), **sizes)
+    sizes = {"num_blocks": np.int64(layout.num_blocks), "window": np.int64(scoring.window or 0)}  # 0 is none
+    factors = {"scale": np.float32(scoring.scale), "soft_cap": np.float32(scoring.soft_cap or 0)}
+    return call(q, *pool, *batch, first_row(layout, layer), **sizes, **factors)
 
 
 def can_run_native(*arrays: jax.Array) -> bool:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
 from jaxcept_kernels.quantized import quantize, scale_of
+from jaxcept_kernels.scoring import Scoring
 
 NEVER = -1e30  # a score that no key has; finite, so that differences of it stay numbers
 
@@ -40,6 +41,7 @@ class Tiles(NamedTuple):
     entry: jax.Array  # [tiles] int32
     first: jax.Array  # [tiles] int32, token row of the first query
     end: jax.Array  # [tiles] int32, token row past the last query
+    first_key: jax.Array  # [tiles] int32, the first that any query sees
     item_start: jax.Array  # [tiles + 1] int32, running count of items
 
 
@@ -68,7 +70,7 @@ class Geometry(NamedTuple):
     group: int  # query heads per KV head
     chunk_blocks: int
     items: int
-    scale: float
+    scoring: Scoring
 
     @property
     def chunk(self) -> int:
@@ -108,7 +110,7 @@ def paged_attention_xla(
     layout: KVLayout,
     layer: int | jax.Array,
     *,
-    scale: float,
+    scoring: Scoring,
     tiles: TileConfig,
 ) -> jax.Array:
     """Causal attention of each token over its sequence's context: [tokens, heads, head_dim]; zeros for padding."""
@@ -120,7 +122,7 @@ def paged_attention_xla(
         group=heads // layout.num_kv_heads,
         chunk_blocks=min(-(-tiles.keys // layout.block_size), meta.block_tables.shape[1]),
         items=tiles.items,
-        scale=scale,
+        scoring=scoring,
     )
     cut = cut_tiles(meta, num_tokens, geometry)
     rows = geometry.queries * geometry.group
@@ -154,9 +156,12 @@ def cut_tiles(meta: AttentionMetadata, num_tokens: int, geometry: Geometry) -> T
     first = meta.query_start[entry] + (index - (tile_end[entry] - per_entry[entry])) * queries
     end = jnp.minimum(first + queries, meta.query_start[entry + 1])
     visible = meta.context_len[entry] - (meta.query_start[entry + 1] - end)  # keys that the last query of the tile sees
-    chunks = jnp.where(used, (visible + geometry.chunk - 1) // geometry.chunk, 0)
+    window = geometry.scoring.window
+    first_key = jnp.zeros_like(visible) if window is None else jnp.maximum(visible - (end - first) + 1 - window, 0)
+    chunks = (visible + geometry.chunk - 1) // geometry.chunk - first_key // geometry.chunk
+    chunks = jnp.where(used, chunks, 0)
     item_start = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(chunks, dtype=jnp.int32)])
-    return Tiles(entry, first, end, item_start)
+    return Tiles(entry, first, end, first_key, item_start)
 
 
 def merge_group(
@@ -171,7 +176,7 @@ def merge_group(
     tile = jnp.searchsorted(cut.item_start, item, side="right").astype(jnp.int32) - 1
     live = tile < cut.entry.shape[0]
     tile = jnp.minimum(tile, cut.entry.shape[0] - 1)
-    chunk = item - cut.item_start[tile]
+    chunk = cut.first_key[tile] // geometry.chunk + item - cut.item_start[tile]
     part = attend(tile, jnp.where(live, chunk, 0), operands, cut, geometry)
 
     # Items come in the order of their tiles, so the group's tiles lie in one run of at most `items`.
@@ -223,7 +228,8 @@ def attend(
     block = meta.block_tables[entry[:, None], jnp.minimum(column, meta.block_tables.shape[1] - 1)]
     row = layer * layout.num_blocks + jnp.clip(block, 0, layout.num_blocks - 1)  # [items, chunk_blocks]
     key = (column[:, :, None] * size + jnp.arange(size, dtype=jnp.int32)[None, None, :]).reshape(items, -1)
-    written = key < meta.context_len[entry][:, None]  # beyond it the pool holds anything, NaN included
+    # Elsewhere the pool holds anything, NaN included.
+    written = (key >= cut.first_key[tile][:, None]) & (key < meta.context_len[entry][:, None])
 
     dtype = layout.compute_dtype(q.dtype)
 
@@ -246,8 +252,10 @@ def attend(
     scores = jnp.einsum("ihqd,ibhsd->ihqbs", tiled, keys, preferred_element_type=jnp.float32)
     if key_scales is not None:
         scores = scores * key_scales.transpose(0, 2, 1, 3)[:, :, None]
-    scores = scores.reshape(*scores.shape[:3], -1) * geometry.scale  # [items, kv_heads, rows, chunk]
+    scores = score(scores.reshape(*scores.shape[:3], -1), geometry.scoring)  # [items, kv_heads, rows, chunk]
     seen = written[:, None, :] & (key[:, None, :] <= position[:, :, None])  # [items, queries, chunk]
+    if geometry.scoring.window is not None:
+        seen = seen & (key[:, None, :] > position[:, :, None] - geometry.scoring.window)
     seen = jnp.repeat(seen, group, axis=1)[:, None]
     scores = jnp.where(seen, scores, NEVER)
     highest = scores.max(axis=-1)
@@ -258,6 +266,12 @@ def attend(
         weights = weights * value_scales.transpose(0, 2, 1, 3)[:, :, None]
     summed = jnp.einsum("ihqbs,ibhsd->ihqd", weights.astype(dtype), values, preferred_element_type=jnp.float32)
     return Accumulator(highest, exponentials.sum(axis=-1), summed)
+
+
+def score(products: jax.Array, scoring: Scoring) -> jax.Array:
+    """The scores that products of queries and keys make."""
+    scores = products * scoring.scale
+    return scores if scoring.soft_cap is None else scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
 
 
 def untile(done: Accumulator, q: jax.Array, meta: AttentionMetadata, cut: Tiles, geometry: Geometry) -> jax.Array:

@@ -19,10 +19,10 @@ class GPTJLayer(nnx.Module):
     """Attention and MLP of the same normed input, both added to the residual."""
 
     def __init__(
-        self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation, parallel: Parallel = ALONE
+        self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation, parallel: Parallel, layer: int
     ) -> None:
         self.norm = LayerNorm(config.hidden_size, config.norm_eps, dtype, implementation)
-        self.attention = Attention(config, dtype, implementation, parallel)
+        self.attention = Attention(config, dtype, implementation, parallel, layer)
         self.mlp = MLP(config, dtype, parallel)
 
     def __call__(
@@ -45,10 +45,10 @@ class GPTJ(nnx.Module):
     def __init__(
         self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation, parallel: Parallel = ALONE
     ) -> None:
-        self.rope = config.rope
+        self.ropes = config.ropes
         self.parallel = parallel
         self.embedding = Embedding(config, dtype, parallel, tied=False)
-        layers = [GPTJLayer(config, dtype, implementation, parallel) for _ in range(config.num_layers)]
+        layers = [GPTJLayer(config, dtype, implementation, parallel, i) for i in range(config.num_layers)]
         self.layers = nnx.List(layers)
         self.norm = LayerNorm(config.hidden_size, config.norm_eps, dtype, implementation)
         self.head = Linear(config.hidden_size, config.vocab_size, dtype, bias=True)
@@ -61,7 +61,7 @@ class GPTJ(nnx.Module):
         layout: KVLayout,
     ) -> tuple[jax.Array, KVPool]:
         """[tokens, hidden] after the final norm, and the pool with this batch's keys and values."""
-        step = make_step(meta, self.rope, self.parallel)
+        step = make_step(meta, self.ropes, self.parallel)
         hidden = self.embedding(self.parallel.own(token_ids))
         hidden, pool = run_layers(self.layers, hidden, pool, step, layout)
         return self.parallel.gather(self.norm(hidden)), pool

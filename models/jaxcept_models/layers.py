@@ -38,6 +38,10 @@ class Scale(nnx.Param[jax.Array]):
     """[width], one in a random model."""
 
 
+class ScaleAboveOne(Scale):
+    """[width], what a scale has above one; zero in a random model."""
+
+
 class Bias(nnx.Param[jax.Array]):
     """[width], zero in a random model."""
 
@@ -47,13 +51,13 @@ class Step(NamedTuple):
 
     meta: AttentionMetadata  # of the tokens that are computed here
     slots: AttentionMetadata  # of all tokens, whose keys and values are written here
-    rotary: RotaryTables
+    rotary: tuple[RotaryTables, ...]  # of each rotation that the model has
 
 
-def make_step(meta: AttentionMetadata, rope: RopeConfig, parallel: Parallel) -> Step:
+def make_step(meta: AttentionMetadata, ropes: Iterable[RopeConfig], parallel: Parallel) -> Step:
     """What the layers need of a batch."""
     own = parallel.own_batch(meta)
-    return Step(own, meta, rotary_tables(own.positions, rope))
+    return Step(own, meta, tuple(rotary_tables(own.positions, rope) for rope in ropes))
 
 
 class Linear(nnx.Module):
@@ -144,15 +148,19 @@ def total(
 class RMSNorm(nnx.Module):
     """x / rms(x) · scale over the last axis, in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
-    def __init__(self, width: int, eps: float, dtype: jnp.dtype, implementation: Implementation) -> None:
-        self.scale = Scale(jnp.ones(width, dtype))
-        self.eps = eps
+    def __init__(self, width: int, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation) -> None:
+        kind = ScaleAboveOne if config.norms_above_one else Scale
+        self.scale = kind(jnp.ones(width, dtype))
+        self.eps = config.norm_eps
+        self.above_one = config.norms_above_one
         self.implementation = implementation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(_mean(jnp.square(wide), self.implementation) + self.eps)
         scale = self.scale[...].astype(jnp.float32)
+        if self.above_one:
+            scale = scale + 1
         result: jax.Array = (normed * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
         return result
 
@@ -186,9 +194,11 @@ class Attention(nnx.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation, parallel: Parallel
+        self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation, parallel: Parallel, layer: int
     ) -> None:
         dim = config.head_dim
+        self.scoring = config.scoring(layer)
+        self.rotation = 0 if self.scoring.window is None else len(config.ropes) - 1
         self.parallel = parallel
         self.heads, self.kv_heads, self.dim = config.num_heads, config.num_kv_heads, dim
         self.implementation = implementation
@@ -196,8 +206,8 @@ class Attention(nnx.Module):
             config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * dim, dtype, bias=config.qkv_bias
         )
         self.output = Linear(config.num_heads * dim, config.hidden_size, dtype, bias=config.output_bias, sums=parallel)
-        self.q_norm = RMSNorm(dim, config.norm_eps, dtype, implementation) if config.qk_norm else None
-        self.k_norm = RMSNorm(dim, config.norm_eps, dtype, implementation) if config.qk_norm else None
+        self.q_norm = RMSNorm(dim, config, dtype, implementation) if config.qk_norm else None
+        self.k_norm = RMSNorm(dim, config, dtype, implementation) if config.qk_norm else None
 
     def __call__(
         self,
@@ -215,23 +225,25 @@ class Attention(nnx.Module):
         k, v = parts[:, :, group], parts[:, :, group + 1]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, step.rotary), rotate(k, step.rotary)
+        rotary = step.rotary[self.rotation]
+        q, k = rotate(q, rotary), rotate(k, rotary)
         k, v = self.parallel.gather(k), self.parallel.gather(v)
         pool = write_kv(pool, k, v, step.slots, layout, layer, implementation=self.implementation)
         mixed = paged_attention(
-            q, pool, step.meta, layout, layer, scale=self.dim**-0.5, implementation=self.implementation
+            q, pool, step.meta, layout, layer, scoring=self.scoring, implementation=self.implementation
         )
         return self.output(mixed.reshape(tokens, self.heads * self.dim)), pool
 
 
 class GatedMLP(nnx.Module):
-    """silu(x @ gate) · (x @ up) @ down, gate and up in one matrix (SwiGLU, Shazeer 2020, arXiv:2002.05202)."""
+    """f(x @ gate) · (x @ up) @ down, gate and up in one matrix (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, parallel: Parallel) -> None:
         size = config.intermediate_size
         self.gate_up = Linear(config.hidden_size, 2 * size, dtype, bias=config.mlp_bias)
         self.down = Linear(size, config.hidden_size, dtype, bias=config.mlp_bias, sums=parallel)
         self.block = gate_block(size * parallel.tensor)
+        self.activation = config.activation
 
     def __call__(
         self,
@@ -240,7 +252,8 @@ class GatedMLP(nnx.Module):
         """[tokens, hidden]"""
         tokens = x.shape[0]
         parts = self.gate_up(x).reshape(tokens, -1, 2, self.block)
-        return self.down((jax.nn.silu(parts[:, :, 0]) * parts[:, :, 1]).reshape(tokens, -1))
+        gate = jax.nn.silu if self.activation == "silu" else partial(jax.nn.gelu, approximate=True)
+        return self.down((gate(parts[:, :, 0]) * parts[:, :, 1]).reshape(tokens, -1))
 
 
 class MLP(nnx.Module):

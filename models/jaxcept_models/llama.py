@@ -6,6 +6,9 @@ Mixtral and Qwen3-MoE are Mistral and Qwen3 with experts in place of the MLP.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,7 +17,7 @@ from jaxcept_kernels.attention import Implementation
 from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
 from jaxcept_models.config import ModelConfig
 from jaxcept_models.experts import Experts
-from jaxcept_models.layers import Attention, Embedding, GatedMLP, Linear, RMSNorm, Step, make_step, run_layers
+from jaxcept_models.layers import Attention, Embedding, GatedMLP, Layer, Linear, RMSNorm, Step, make_step, run_layers
 from jaxcept_models.sharding import ALONE, Parallel
 from jaxcept_models.weight_map import ExpertNames, FusedRows, Part, WeightMap, fused_rows
 
@@ -29,11 +32,11 @@ class LlamaLayer(nnx.Module):
     """Attention, then the gated MLP or the experts, each on a normed input and added to the residual."""
 
     def __init__(
-        self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation, parallel: Parallel = ALONE
+        self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation, parallel: Parallel, layer: int
     ) -> None:
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, implementation)
-        self.attention = Attention(config, dtype, implementation, parallel)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, implementation)
+        self.attention_norm = RMSNorm(config.hidden_size, config, dtype, implementation)
+        self.attention = Attention(config, dtype, implementation, parallel, layer)
+        self.mlp_norm = RMSNorm(config.hidden_size, config, dtype, implementation)
         if config.num_experts:
             self.mlp: Experts | GatedMLP = Experts(config, dtype, implementation, parallel)
         else:
@@ -59,16 +62,18 @@ class LlamaLayer(nnx.Module):
 class Llama(nnx.Module):
     """Embedding, layers, norm, and the projection to the vocabulary."""
 
+    layer: ClassVar[Callable[..., Layer]] = LlamaLayer
+
     def __init__(
         self, config: ModelConfig, dtype: jnp.dtype, implementation: Implementation, parallel: Parallel = ALONE
     ) -> None:
-        self.rope = config.rope
+        self.ropes = config.ropes
         self.parallel = parallel
         tied = config.tie_word_embeddings
         self.embedding = Embedding(config, dtype, parallel, tied=tied)
-        layers = [LlamaLayer(config, dtype, implementation, parallel) for _ in range(config.num_layers)]
+        layers = [self.layer(config, dtype, implementation, parallel, i) for i in range(config.num_layers)]
         self.layers = nnx.List(layers)
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, implementation)
+        self.norm = RMSNorm(config.hidden_size, config, dtype, implementation)
         self.head = None if tied else Linear(config.hidden_size, config.vocab_size, dtype)
 
     def __call__(
@@ -79,10 +84,17 @@ class Llama(nnx.Module):
         layout: KVLayout,
     ) -> tuple[jax.Array, KVPool]:
         """[tokens, hidden] after the final norm, and the pool with this batch's keys and values."""
-        step = make_step(meta, self.rope, self.parallel)
-        hidden = self.embedding(self.parallel.own(token_ids))
+        step = make_step(meta, self.ropes, self.parallel)
+        hidden = self.embed(self.parallel.own(token_ids))
         hidden, pool = run_layers(self.layers, hidden, pool, step, layout)
         return self.parallel.gather(self.norm(hidden)), pool
+
+    def embed(
+        self,
+        token_ids: jax.Array,  # [tokens] int32
+    ) -> jax.Array:
+        """[tokens, hidden], what the first layer takes."""
+        return self.embedding(token_ids)
 
     def logits(
         self,
@@ -93,16 +105,17 @@ class Llama(nnx.Module):
         return self.parallel.whole_vocabulary(logits)
 
 
-def llama_weights(config: ModelConfig, tensor: int = 1) -> WeightMap:
+def llama_weights(config: ModelConfig, tensor: int = 1, prefix: str = "") -> WeightMap:
     """Tensor names of Llama, Mistral, Mixtral, Qwen2, Qwen3 and Qwen3-MoE checkpoints."""
     weights: dict[str, tuple[Part, ...]] = {
-        "embedding.weight": (Part("model.embed_tokens.weight"),),
-        "norm.scale": (Part("model.norm.weight"),),
-        "head.weight": (Part("lm_head.weight"),),
+        "embedding.weight": (Part(f"{prefix}model.embed_tokens.weight"),),
+        "norm.scale": (Part(f"{prefix}model.norm.weight"),),
+        "head.weight": (Part(f"{prefix}lm_head.weight"),),
     }
     rows = fused_rows(config, tensor)
     for i in range(config.num_layers):
-        layer = _layer_weights(f"model.layers.{i}", rows) | _expert_weights(f"model.layers.{i}", rows, config)
+        theirs = f"{prefix}model.layers.{i}"
+        layer = _layer_weights(theirs, rows) | _expert_weights(theirs, rows, config)
         weights |= {f"layers.{i}.{path}": parts for path, parts in layer.items()}
     return weights
 

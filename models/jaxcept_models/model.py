@@ -18,13 +18,15 @@ from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
 from jaxcept_kernels.linear import pack_weight, unpack_weight
 from jaxcept_models.checkpoint import is_checkpoint, restore_arrays
 from jaxcept_models.config import ModelConfig, read_config
+from jaxcept_models.gemma import Gemma, gemma_weights
 from jaxcept_models.gptj import GPTJ, gptj_weights
-from jaxcept_models.layers import Bias, Matrix, Scale, TiedTable
+from jaxcept_models.layers import Bias, Matrix, Scale, ScaleAboveOne, TiedTable
 from jaxcept_models.llama import Llama, llama_weights
 from jaxcept_models.loading import Draw, Leaf, Progress, load_safetensors, random_arrays
 from jaxcept_models.sharding import (
     ALONE,
     EXPERTS_RULES,
+    GEMMA_RULES,
     GPTJ_RULES,
     LLAMA_RULES,
     Parallel,
@@ -52,7 +54,11 @@ class Architecture(NamedTuple):
 
 _LLAMA = Architecture(Llama, llama_weights, LLAMA_RULES)
 _EXPERTS = Architecture(Llama, llama_weights, EXPERTS_RULES)
+_GEMMA = Architecture(Gemma, gemma_weights, GEMMA_RULES)
 ARCHITECTURES = {
+    "Gemma2ForCausalLM": _GEMMA,
+    "Gemma3ForCausalLM": _GEMMA,
+    "Gemma3ForConditionalGeneration": _GEMMA,
     "GPTJForCausalLM": Architecture(GPTJ, gptj_weights, GPTJ_RULES),
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,
@@ -293,5 +299,5 @@ def _unfinish(array: jax.Array, *, touch: Touch, rows: int, sharding: NamedShard
 
 def _draw(variable: nnx.Variable[Any], config: ModelConfig) -> Draw:
     if isinstance(variable, Scale):
-        return Draw(1.0, 0.0)
+        return Draw(0.0 if isinstance(variable, ScaleAboveOne) else 1.0, 0.0)
     return Draw(0.0, 0.0 if isinstance(variable, Bias) else config.initializer_range)

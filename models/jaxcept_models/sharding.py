@@ -53,6 +53,11 @@ LLAMA_RULES: Rules = {
     "layers.*.mlp.gate_up.weight": _COLUMNS,
     "layers.*.mlp.gate_up.bias": _ENTRIES,
 }
+GEMMA_RULES: Rules = {
+    **LLAMA_RULES,
+    "layers.*.attention_out_norm.scale": _WHOLE,
+    "layers.*.mlp_out_norm.scale": _WHOLE,
+}
 EXPERTS_RULES: Rules = {
     **LLAMA_RULES,
     "layers.*.mlp.router.weight": _WHOLE,

@@ -42,14 +42,17 @@ struct Problem {
   float* out;              // [T, H, D]
   int64_t T, H, D, KH, B, S, C;
   int64_t first_row, num_blocks;  // of the layer in the pool
-  float scale;
+  int64_t window;  // keys that a query sees at most, 0 for all
+  float scale, soft_cap;  // a cap of 0 is none
   int64_t group() const { return H / KH; }
+  int64_t first_key(int64_t visible) const { return window == 0 ? 0 : std::max<int64_t>(visible - window, 0); }
 };
 
 // Queries token .. token + count - 1 of one entry; the first sees `visible` keys, each next one a key more.
 struct Tile {
-  int64_t entry, token, count, visible;
-  int64_t chunks() const { return (visible + count - 1 + kChunk - 1) / kChunk; }
+  int64_t entry, token, count, visible, first_key;
+  int64_t first_chunk() const { return first_key / kChunk; }
+  int64_t chunks() const { return (visible + count - 1 + kChunk - 1) / kChunk - first_chunk(); }
 };
 
 // What the rows of one (tile, kv head) gather: highest score, sum of exponentials, weighted sum of values.
@@ -62,7 +65,7 @@ struct Partial {
 // Consecutive keys that lie side by side in one block.
 struct Run {
   const float *keys, *values;
-  int64_t key, count;
+  int64_t key, count;  // key of the chunk
 };
 
 // The runs of a chunk, and where to ask for memory: `early` runs before its use.
@@ -76,14 +79,15 @@ struct Runs {
   const float* ahead_of_values(int64_t i) const { return run[std::min(i + early, count - 1)].values; }
 };
 
-int64_t find_runs(const Problem& p, const Tile& tile, int64_t head, int64_t key0, int64_t key1, Run* runs) {
+int64_t find_runs(const Problem& p, const Tile& tile, int64_t head, int64_t key0, int64_t key1, int64_t chunk0,
+                  Run* runs) {
   int64_t found = 0;
   for (int64_t key = key0; key < key1;) {
     const int64_t within = key % p.B, count = std::min(p.B - within, key1 - key);
     const int64_t column = std::min(key / p.B, p.C - 1);
     const int64_t block = std::clamp<int64_t>(p.tables[tile.entry * p.C + column], 0, p.num_blocks - 1);
     const int64_t at = (((p.first_row + block) * p.KH + head) * p.B + within) * p.D;
-    runs[found++] = {p.keys + at, p.values + at, key - key0, count};
+    runs[found++] = {p.keys + at, p.values + at, key - chunk0, count};
     key += count;
   }
   return found;
@@ -174,8 +178,15 @@ void value_rows(const Problem& p, const float* weights, const Runs& runs, bool f
   }
 }
 
-// Scores of one row to weights, in place: e^(score - highest) for `seen` keys, zeros up to the chunk's end.
-void soften(float* scores, int64_t seen, float* highest, float* total) {
+// c * tanh(s / c) of each score.
+void cap_scores(float* scores, int64_t count, float soft_cap) {
+  const Vec cap = splat(soft_cap), inverse = splat(1.0f / soft_cap);
+  for (int64_t j = 0; j < count; j += kWidth) store(scores + j, cap * tanh_of(load(scores + j) * inverse));
+}
+
+// Scores of one row to weights, in place: e^(score - highest) for keys in [first, seen), zeros elsewhere in the chunk.
+void soften(float* scores, int64_t first, int64_t seen, float* highest, float* total) {
+  std::fill(scores, scores + first, -std::numeric_limits<float>::infinity());
   std::fill(scores + seen, scores + kChunk, -std::numeric_limits<float>::infinity());
   Vec top = load(scores);
   for (int64_t j = kWidth; j < seen; j += kWidth) top = larger(top, load(scores + j));
@@ -184,6 +195,7 @@ void soften(float* scores, int64_t seen, float* highest, float* total) {
   *highest = *std::max_element(lanes, lanes + kWidth);
   const Vec shift = splat(*highest);
   for (int64_t j = 0; j < seen; j += kWidth) store(scores + j, exp_of_negative(load(scores + j) - shift));
+  std::fill(scores, scores + first, 0.0f);
   std::fill(scores + seen, scores + kChunk, 0.0f);
   Vec sum = load(scores);
   for (int64_t j = kWidth; j < seen; j += kWidth) sum = sum + load(scores + j);
@@ -210,22 +222,29 @@ void gather_queries(const Problem& p, const Tile& tile, int64_t head, float* q) 
   }
 }
 
-// One chunk's part of the attention of a tile's rows. Rows that see none of its keys get a highest score of -infinity.
+// One chunk's part of the attention of a tile's rows, its chunks counted from the first that any of them sees. Rows that
+// see none of its keys get a highest score of -infinity.
 void attend_chunk(const Problem& p, const Tile& tile, int64_t head, int64_t chunk, const float* q, Partial part) {
   thread_local std::vector<float> scratch;
   thread_local std::vector<Run> runs(kChunk + 1);
   const int64_t rows = tile.count * p.group();
   scratch.resize(rows * kStride);
   float* scores = scratch.data();
-  const int64_t key0 = chunk * kChunk, key1 = std::min(key0 + kChunk, tile.visible + tile.count - 1);
-  const Runs of{runs.data(), find_runs(p, tile, head, key0, key1, runs.data()),
+  const int64_t chunk0 = (tile.first_chunk() + chunk) * kChunk, chunk1 = chunk0 + kChunk;
+  // Whole blocks, so that keys meet in the same register tiles whichever query comes first.
+  const int64_t key0 = std::max(chunk0, tile.first_key / p.B * p.B);
+  const int64_t key1 = std::min(chunk1, tile.visible + tile.count - 1);
+  const Runs of{runs.data(), find_runs(p, tile, head, key0, key1, chunk0, runs.data()),
                 std::max<int64_t>(1, kAheadFloats / (p.B * p.D))};
   by_rows(rows, [&](int64_t r, auto size) {
     score_rows<size.value>(p, q + r * p.D, of, r == 0, scores + r * kStride);
   });
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t seen = std::clamp<int64_t>(tile.visible + r / p.group() - key0, 0, kChunk);
-    soften(scores + r * kStride, seen, part.highest + r, part.total + r);
+    const int64_t visible = tile.visible + r / p.group();
+    const int64_t seen = std::clamp<int64_t>(visible - chunk0, 0, kChunk);
+    const int64_t first = std::clamp<int64_t>(p.first_key(visible) - chunk0, 0, seen);
+    if (p.soft_cap > 0) cap_scores(scores + r * kStride, seen, p.soft_cap);
+    soften(scores + r * kStride, first, seen, part.highest + r, part.total + r);
   }
   by_rows(rows, [&](int64_t r, auto size) {
     value_rows<size.value>(p, scores + r * kStride, of, r == 0, part.values + r * p.D);
@@ -306,8 +325,9 @@ void attend(ffi::ThreadPool& pool, const Problem& p) {
     const int64_t end = std::min<int64_t>(p.start[s + 1], p.T);
     for (int64_t token = p.start[s]; token < end; token += most) {
       const int64_t count = std::min(most, end - token);
-      tiles.push_back({s, token, count, p.context[s] - (end - token) + 1});
-      scores += count * p.H * tiles.back().visible;
+      const int64_t visible = p.context[s] - (end - token) + 1, first_key = p.first_key(visible);
+      tiles.push_back({s, token, count, visible, first_key});
+      scores += count * p.H * (visible - first_key);
     }
     covered = std::max(covered, end);
   }
@@ -326,14 +346,15 @@ using Floats = ffi::Buffer<ffi::F32>;
 using Ints = ffi::Buffer<ffi::S32>;
 
 ffi::Error paged_attention(ffi::ThreadPool pool, Floats q, Floats keys, Floats values, Ints start, Ints context,
-                           Ints tables, Ints first_row, int64_t num_blocks, float scale, ffi::Result<Floats> out) {
+                           Ints tables, Ints first_row, int64_t num_blocks, int64_t window, float scale,
+                           float soft_cap, ffi::Result<Floats> out) {
   const auto qs = q.dimensions(), ks = keys.dimensions(), ts = tables.dimensions();
   if (qs.size() != 3 || ks.size() != 4 || ts.size() != 2 || qs[2] != ks[3] || qs[1] % ks[1] != 0 ||
       start.element_count() != static_cast<size_t>(ts[0] + 1) || context.element_count() != static_cast<size_t>(ts[0]))
     return ffi::Error::InvalidArgument("paged_attention: shapes do not fit");
   attend(pool, {q.typed_data(), keys.typed_data(), values.typed_data(), start.typed_data(), context.typed_data(),
                 tables.typed_data(), out->typed_data(), qs[0], qs[1], qs[2], ks[1], ks[2], ts[0], ts[1],
-                first_row.typed_data()[0], num_blocks, scale});
+                first_row.typed_data()[0], num_blocks, window, scale, soft_cap});
   return ffi::Error::Success();
 }
 
@@ -372,7 +393,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcept_paged_attention, jaxcept::paged_attention,
                                   .Arg<jaxcept::Ints>()
                                   .Arg<jaxcept::Ints>()
                                   .Attr<int64_t>("num_blocks")
+                                  .Attr<int64_t>("window")
                                   .Attr<float>("scale")
+                                  .Attr<float>("soft_cap")
                                   .Ret<jaxcept::Floats>());
 
 // The pool's parts come in and go out as the same memory: the caller declares the aliases.

@@ -76,10 +76,13 @@ static inline void transpose4(const float* from, int64_t stride, float* to, int6
 
 typedef int32_t IntVec __attribute__((vector_size(sizeof(Vec))));
 
+// a where `where` is all ones, b where it is zero.
+static inline Vec choose(IntVec where, Vec a, Vec b) { return (Vec)(((IntVec)a & where) | ((IntVec)b & ~where)); }
+
 // b where the two do not compare.
 static inline Vec larger(Vec a, Vec b) {
   const IntVec greater = a > b;
-  return (Vec)(((IntVec)a & greater) | ((IntVec)b & ~greater));
+  return choose(greater, a, b);
 }
 
 // e^x for x <= 0, to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Taylor to x^7). A NaN
@@ -94,6 +97,18 @@ static inline Vec exp_of_negative(Vec x) {
   for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = fma(y, r, splat(c));
   const IntVec power = ((IntVec)shifted - (IntVec)magic + 127) << 23;
   return y * (Vec)power;
+}
+
+// tanh x: by its powers near zero (Cephes, Moshier 1989), by e^(-2|x|) elsewhere. A NaN stays one.
+static inline Vec tanh_of(Vec x) {
+  const Vec size = larger(x, -x), square = x * x;
+  Vec y = splat(-5.70498872745e-3f);
+  for (const float c : {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f})
+    y = fma(y, square, splat(c));
+  const Vec near = fma(y * square, x, x), e = exp_of_negative(splat(-2.0f) * size);
+  const Vec far = (splat(1.0f) - e) / (splat(1.0f) + e);
+  const IntVec is_near = size < splat(0.625f), is_positive = x > splat(0.0f);
+  return choose(is_near, near, choose(is_positive, far, -far));
 }
 
 }  // namespace jaxcept

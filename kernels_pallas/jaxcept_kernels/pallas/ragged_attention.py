@@ -21,6 +21,7 @@ from jaxcept_kernels.layout import AttentionMetadata, KVLayout, KVPool
 from jaxcept_kernels.pallas.common import Launch, device_kind, power_of_two
 from jaxcept_kernels.pallas.tiles import AttentionTiles, Tile, tiles_for
 from jaxcept_kernels.quantized import scale_of
+from jaxcept_kernels.scoring import Scoring
 
 NEVER = -1e30  # a score that no key has; finite, so that differences of it stay numbers
 LEAST = -1e20  # what a row's highest score counts as where it has seen no key: the exponentials of NEVER are 0 then
@@ -50,9 +51,7 @@ class Shape(NamedTuple):
     group: int  # query heads per KV head
     columns: int  # of the block tables
     layout: KVLayout
-    scale: float
-    window: int | None
-    soft_cap: float | None
+    scoring: Scoring
     tile: Tile  # that fits the layout
 
 
@@ -63,31 +62,25 @@ def ragged_paged_attention(
     layout: KVLayout,
     layer: int | jax.Array,
     *,
-    scale: float,
-    window: int | None = None,
-    soft_cap: float | None = None,
+    scoring: Scoring,
     tiles: AttentionTiles | None = None,
 ) -> jax.Array:
     """Causal attention of each token over its sequence's context: [tokens, heads, head_dim], q's dtype.
 
-    `window`: a token sees that many keys, itself included. `soft_cap`: scores s become soft_cap · tanh(s / soft_cap).
     Padding tokens give zeros. Nothing is read of a block but the slots of the context.
     """
-    if window is not None and window < 1:
-        raise ValueError(f"window={window}: expected 1 or more keys, or None for no window")
-    if soft_cap is not None and soft_cap <= 0:
-        raise ValueError(f"soft_cap={soft_cap}: expected more than 0, or None for no cap")
     tiles = tiles or tiles_for(device_kind())
     tokens, heads, _ = q.shape
     entries, columns = meta.block_tables.shape
     group = heads // layout.num_kv_heads
     dtype = layout.compute_dtype(q.dtype)
+    longest = columns * layout.block_size
 
     def run(name: str, tile: Tile, work: Work, results: int) -> jax.Array:
         count = work.first.shape[0]
         spare = tiles.programs // (count * layout.num_kv_heads)
-        splits = max(1, min(tiles.max_splits, spare, columns * layout.block_size // MIN_SPLIT))
-        shape = Shape(name, count, results, splits, group, columns, layout, scale, window, soft_cap, tile)
+        splits = max(1, min(tiles.max_splits, spare, min(longest, scoring.window or longest) // MIN_SPLIT))
+        shape = Shape(name, count, results, splits, group, columns, layout, scoring, tile)
         return attend(q, pool, meta, layer, work, shape)
 
     small, large = (fit(tiles, is_decode, group, layout, dtype) for is_decode in (True, False))
@@ -211,14 +204,14 @@ def attend(
 
 def make_kernel(shape: Shape, dtype: jnp.dtype):  # type: ignore[no-untyped-def]
     """The kernel of a launch with these sizes; products are of elements of `dtype`."""
-    layout, group, rows = shape.layout, shape.group, shape.tile.rows
+    layout, group, rows, scoring = shape.layout, shape.group, shape.tile.rows, shape.scoring
     kv_heads, dim = layout.num_kv_heads, layout.head_dim
     heads, width = kv_heads * group, power_of_two(dim, 16)
     # Where each warp has rows of its own it needs no other's sums. Triton deals a product out by rows if it is no wider
     # than high, and the other product of the chain alike.
     part = min(width, rows) if rows >= MATRIX_ROWS * shape.tile.warps else width
     parts = tuple(range(0, width, part))  # of the values' columns, by their first
-    factor = LOG2_E if shape.soft_cap is not None else shape.scale * LOG2_E
+    factor = LOG2_E if scoring.soft_cap is not None else scoring.scale * LOG2_E
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
     def kernel(  # type: ignore[no-untyped-def]
@@ -258,9 +251,9 @@ def make_kernel(shape: Shape, dtype: jnp.dtype):  # type: ignore[no-untyped-def]
             )
             if layout.is_quantized:
                 scores = scores * scales[0][None, :]
-            if shape.soft_cap is not None:
-                scores = shape.soft_cap * jnp.tanh(scores * (shape.scale / shape.soft_cap))
-            seen = is_seen(slots.key[None, :], (position + query)[:, None], shape.window)
+            if scoring.soft_cap is not None:
+                scores = scoring.soft_cap * jnp.tanh(scores * (scoring.scale / scoring.soft_cap))
+            seen = is_seen(slots.key[None, :], (position + query)[:, None], scoring.window)
             scores = jnp.where(seen, scores * factor, NEVER)
             reached = jnp.maximum(highest, jnp.max(scores, axis=1))
             keep = jnp.exp2(highest - reached)
@@ -305,9 +298,9 @@ class Reach(NamedTuple):
 
 def find_reach(position: jax.Array, count: jax.Array, split: jax.Array, shape: Shape) -> Reach:
     """What `count` queries from a position on see."""
-    keys = shape.tile.keys
+    keys, window = shape.tile.keys, shape.scoring.window
     end = jnp.where(count > 0, position + count, 0)
-    first = 0 if shape.window is None else jnp.maximum(position - shape.window + 1, 0)
+    first = 0 if window is None else jnp.maximum(position - window + 1, 0)
     per_split = (pl.cdiv(end, keys) - first // keys + shape.splits - 1) // shape.splits
     start = first // keys + split * per_split
     return Reach(first, end, start, jnp.minimum(start + per_split, pl.cdiv(end, keys)))
@@ -340,7 +333,7 @@ def find_slots(
     """The slots of one iteration's keys of an entry."""
     layout = shape.layout
     key = i * shape.tile.keys + jnp.arange(shape.tile.keys, dtype=jnp.int32)
-    is_needed = key < reach.end if shape.window is None else (key >= reach.first) & (key < reach.end)
+    is_needed = key < reach.end if shape.scoring.window is None else (key >= reach.first) & (key < reach.end)
     block = pltriton.load(tables.at[entry * shape.columns + key // layout.block_size], mask=is_needed, other=0)
     row = first_row + jnp.clip(block, 0, layout.num_blocks - 1)
     return Slots(key, (row * layout.num_kv_heads + head) * layout.block_rows, key % layout.block_size, is_needed)
