@@ -10,7 +10,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "").replace("device_count=8", "device_count=1")
 
 from jaxcept import LLM, InterceptOptions, SamplingParams
 from jaxcept.build import obey_host

@@ -44,8 +44,6 @@ SIZE = 8  # tokens of a block
 LENGTHS = (5, 30, 17, 44)
 SHARED = 16  # tokens that the prompts begin with
 RETURNS = ((11, 12, 13), (21,), (31, 32, 33, 34, 35))
-# Half the time goes to code that nobody will run often.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def wide(family: str, folder: Path, **overrides: Any) -> Path:
@@ -76,7 +74,6 @@ def mixed_logits(model: Model) -> np.ndarray:
     """Logits of two prompts in one batch, then of a decode beside a chunk: [tokens, vocab]."""
     first, second = (np.random.default_rng(seed).integers(3, 150, 40).tolist() for seed in (1, 2))
     run = PagedRun(model)
-    run._step = jax.jit(run._step.__wrapped__, static_argnames="layout", donate_argnames="pool", compiler_options=QUICK)
     steps = [run.step({0: first[:30], 2: second[:25]}), run.step({0: first[30:31], 2: second[25:]})]
     return np.concatenate([step[seq] for step in steps for seq in (0, 2)])
 
@@ -119,7 +116,7 @@ class Lazy:
 
     def __call__(self, *args: Any) -> Any:
         if self._compiled is None:
-            self._compiled = self._lower().compile(QUICK)
+            self._compiled = self._lower().compile()
         return self._compiled(*args)
 
 
