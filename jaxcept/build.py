@@ -41,12 +41,13 @@ from jaxcept.scheduler.speculation import Speculation
 from jaxcept.session import InterceptOptions, Session
 from jaxcept.text.folder import read_text_files
 from jaxcept.text.grammar import GrammarCompiler
+from jaxcept.text.reasoning import MARKERS, detect_reasoning, make_thoughts
 from jaxcept.text.stop import StopStrings
 from jaxcept.text.stream import StreamDecoder
 from jaxcept.text.tokenizer import Tokenizer
 from jaxcept.tools.parsers import ToolCallParser, detect_parser, make_parser
 from jaxcept.tools.toolbox import Toolbox
-from jaxcept.watcher import Hold, TextWatcher
+from jaxcept.watcher import Hold, TextWatcher, Thinking
 from jaxcept_kernels.attention import Implementation
 from jaxcept_kernels.library import native_available
 from jaxcept_models.config import read_config
@@ -69,11 +70,11 @@ def build_session(config: EngineConfig, progress: Progress) -> Session:
     """
     use_compilation_cache(config.compilation_cache)
     tokenizer = load_tokenizer(config)
-    parser_name = choose_parser(config, tokenizer)
+    parser_name, reasoning = choose_parser(config, tokenizer), choose_reasoning(config, tokenizer)
     runner = build_runner(config, progress)
     costs = RefinedCosts(choose_costs(config, runner, progress))
     engine = build_engine(config, runner, costs)
-    watcher = watcher_factory(tokenizer, parser_name, constraint_maker(tokenizer, parser_name))
+    watcher = watcher_factory(tokenizer, parser_name, constraint_maker(tokenizer, parser_name), reasoning)
     return Session(engine, tokenizer, watcher, engine.clock, config.seed)
 
 
@@ -207,6 +208,16 @@ def choose_parser(config: EngineConfig, tokenizer: Tokenizer) -> str | None:
     return detect_parser(tokenizer.chat_template.source) if tokenizer.chat_template is not None else None
 
 
+def choose_reasoning(config: EngineConfig, tokenizer: Tokenizer) -> str | None:
+    """The name of the format of thoughts, "auto" read off the chat template; None where they are not told apart."""
+    if config.reasoning_parser == "none":
+        return None
+    if config.reasoning_parser != "auto":
+        make_thoughts(config.reasoning_parser)
+        return config.reasoning_parser
+    return detect_reasoning(tokenizer.chat_template.source) if tokenizer.chat_template is not None else None
+
+
 def choose_implementation(config: EngineConfig) -> Implementation:
     """On a CPU its own kernels, where they can be built and the dtype is theirs; on a GPU Pallas; otherwise XLA.
 
@@ -256,9 +267,13 @@ def constraint_maker(tokenizer: Tokenizer, parser_name: str | None) -> Constrain
 
 
 def watcher_factory(
-    tokenizer: Tokenizer, parser_name: str | None, constraints: ConstraintMaker | None = None
+    tokenizer: Tokenizer,
+    parser_name: str | None,
+    constraints: ConstraintMaker | None = None,
+    reasoning: str | None = None,
 ) -> Callable[[SamplingParams, InterceptOptions, Toolbox | None], TextWatcher]:
-    """Makes a sequence's watcher: (params, options, its tools). Without `constraints` nothing binds its text."""
+    """Makes a sequence's watcher: (params, options, its tools). Without `constraints` nothing binds its text, without
+    `reasoning` thoughts are text like any other."""
 
     def make(params: SamplingParams, options: InterceptOptions, toolbox: Toolbox | None) -> TextWatcher:
         parser: ToolCallParser | None = None
@@ -270,7 +285,8 @@ def watcher_factory(
                 )
             parser = make_parser(parser_name)
         outside = frozenset(made.name for made in toolbox if made.function is None) if toolbox is not None else ()
-        keep = tokenizer.ids_of(parser.markers) if parser is not None else ()
+        markers = (*(parser.markers if parser is not None else ()), *(MARKERS if reasoning is not None else ()))
+        keep = tokenizer.ids_of(markers)
         return TextWatcher(
             StreamDecoder(tokenizer, params.skip_special_tokens, keep=keep, continues=True),
             StopStrings(params.stop, params.include_stop_str_in_output),
@@ -280,6 +296,7 @@ def watcher_factory(
             params.min_tokens,
             Hold(options.hold_s, frozenset(outside)) if options.hold_s is not None else None,
             constraints.make(params.structured, choice, toolbox) if constraints is not None else None,
+            Thinking(make_thoughts(reasoning), *map(tokenizer.token_id, MARKERS)) if reasoning is not None else None,
         )
 
     return make

@@ -88,7 +88,9 @@ class EngineConfig:
     sequence, prompt, completion and returned tokens together. num_blocks: size of the KV pool; None takes
     memory_utilization of a GPU's memory, or a share of a CPU's. implementation: "auto", "xla", "native" (the CPU's own
     kernels) or "pallas" (a GPU's; a CPU interprets them, for tests). tool_call_parser: "auto" reads it off the chat
-    template. compilation_cache: folder of XLA's persistent cache; "" is none. intercept_policy: where contexts wait for
+    template. reasoning_parser: how thoughts are told apart from speech: "auto" reads it off the chat template, "none"
+    takes them for speech, "qwen3" and "deepseek_r1" are <think>…</think>, which the latter leaves out at the beginning.
+    compilation_cache: folder of XLA's persistent cache; "" is none. intercept_policy: where contexts wait for
     their tools. host_pool_gb: GiB of pinned host memory where contexts may wait; None is 4 on a GPU and as much as the
     KV pool on a CPU, as far as the policy uses it. queue_order: who is served first. return_head_start_s: what a
     tool's return is ahead of newcomers at most, seconds; None is the policy's (300 for min-waste). speculative_config:
@@ -122,6 +124,7 @@ class EngineConfig:
     cost_model: str | Path | None = None
     chat_template: str | None = None
     tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
     implementation: str = "auto"
     compilation_cache: str | Path | None = None
     tensor_parallel_size: int = 1

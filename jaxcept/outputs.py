@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxcept.scheduler.plan import TokenLogprobs
+from jaxcept.text.reasoning import Split, split_turn
 from jaxcept.watcher import ToolTurn
 
 
@@ -60,9 +61,18 @@ class CompletionOutput:
 
     @property
     def answer(self) -> str:
-        """What the model generated after its last interception."""
+        """What the model said after its last interception, without what it thought."""
+        return self._last_turn.said.strip()
+
+    @property
+    def reasoning(self) -> str:
+        """What the model thought after its last interception, before it said anything."""
+        return self._last_turn.thought
+
+    @property
+    def _last_turn(self) -> Split:
         last = self.segments[-1] if self.segments else None
-        return last.text.strip() if last is not None and last.kind == "generated" else ""
+        return split_turn(last.text) if last is not None and last.kind == "generated" else Split()
 
 
 @dataclass(slots=True)

@@ -68,6 +68,7 @@ class InterceptOptions:
         object.__setattr__(self, "on_failure", OnToolFailure(self.on_failure))
 
 
+PROMPT_END = 8  # tokens of a prompt whose text shows whether it opens a thought
 MakeWatcher = Callable[[SamplingParams, InterceptOptions, Toolbox | None], TextWatcher]
 
 
@@ -142,6 +143,7 @@ class Session:
 
         def watch(_: int) -> TextWatcher:
             watchers.append(self._make_watcher(params, options, toolbox))
+            watchers[-1].begin_after(lambda: self.tokenizer.decode(ids[-PROMPT_END:], skip_special_tokens=False))
             return watchers[-1]
 
         request = Request(

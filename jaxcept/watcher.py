@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from jaxcept.constraint import Constraint
 from jaxcept.scheduler.watcher import REJECT, Verdict, WatcherError
+from jaxcept.text.reasoning import Thoughts
 from jaxcept.text.stop import StopStrings
 from jaxcept.text.stream import StreamDecoder
 from jaxcept.tools.calls import ParsedCall, ToolCall
@@ -43,6 +44,36 @@ class Hold:
 
 
 @dataclass(frozen=True, slots=True)
+class Thinking:
+    """Where a sequence stands in what it thinks. Nothing binds a thought: no grammar, no tool.
+
+    `open_id` and `close_id` are the tags' tokens. Where they are several tokens, a turn that a grammar binds from its
+    beginning on has no room for a thought.
+    """
+
+    thoughts: Thoughts
+    open_id: int | None = None
+    close_id: int | None = None
+
+    def takes(self, token_id: int) -> bool:
+        """Whether the next token belongs to a thought."""
+        return self.thoughts.is_inside or (self.thoughts.may_open and token_id == self.open_id)
+
+    def with_opening(self, mask: bytes) -> bytes:
+        """The mask, and the token that opens a thought where one may begin."""
+        if not self.thoughts.may_open or self.open_id is None:
+            return mask
+        byte, bit = divmod(self.open_id, 8)  # of little-endian words, as bytes
+        return mask[:byte] + bytes([mask[byte] | 1 << bit]) + mask[byte + 1 :]
+
+    def num_free(self, token_ids: Sequence[int]) -> int:
+        """How many of these tokens are surely followed by one that nothing binds."""
+        if not self.thoughts.is_inside or self.close_id is None:
+            return 0
+        return next((n for n, token_id in enumerate(token_ids) if token_id == self.close_id), len(token_ids))
+
+
+@dataclass(frozen=True, slots=True)
 class TextRun:
     """Text that may be sent; `returned_ids` where a tool returned it, None where the model generated it."""
 
@@ -63,6 +94,7 @@ class TextWatcher:
         min_tokens: int = 0,
         hold: Hold | None = None,
         constraint: Constraint | None = None,
+        thinking: Thinking | None = None,
     ) -> None:
         self._decoder = decoder
         self._stops = stops
@@ -75,6 +107,12 @@ class TextWatcher:
         self._tokens_before_stops = min_tokens
         self._hold = hold
         self._constraint = constraint
+        self._thinking = thinking
+
+    def begin_after(self, prompt_end: Callable[[], str]) -> None:
+        """The turn begins behind a prompt; its end is asked for where it matters."""
+        if self._thinking is not None:
+            self._thinking.thoughts.begin_turn(prompt_end())
 
     def push(self, token_id: int) -> Verdict | None:
         """Takes a generated token; says whether the text it completes stops or intercepts the sequence."""
@@ -84,13 +122,15 @@ class TextWatcher:
         self._tokens_before_stops -= 1
         if not text:
             return None
+        said = text if self._thinking is None else self._thinking.thoughts.feed(text).said
+        self._read(said)
         # A stop string that is complete before min_tokens is no stop: the text passes unsearched.
         emitted, hit = self._stops.push(text) if self._tokens_before_stops < 0 else (text, None)
         self._emit(emitted)
         if hit is not None:
             return Verdict("stop", hit, None)
         if self._parser is not None:
-            self._calls += self._parser.feed(text)
+            self._calls += self._parser.feed(said)
             if self._calls and self._trigger is CallTrigger.CALL:
                 return self._tool_verdict(ended_turn=False)
         if self._intercepts is not None:
@@ -102,39 +142,57 @@ class TextWatcher:
 
     def mask(self) -> bytes | None:
         """Which tokens may come next, None where all may: see Watcher."""
+        constraint, thinking = self._constraint, self._thinking
+        if constraint is None or (thinking is not None and thinking.thoughts.is_inside):
+            return None
         try:
-            return self._constraint.mask() if self._constraint is not None else None
+            mask = constraint.mask()
         except RuntimeError as error:
             raise WatcherError(str(error)) from error
+        return mask if mask is None or thinking is None else thinking.with_opening(mask)
 
     def masks_behind(self, token_ids: Sequence[int]) -> Sequence[bytes | None]:
         """The masks behind each of these tokens, as far as they may come: see Watcher."""
+        constraint, thinking = self._constraint, self._thinking
+        if constraint is None:
+            return [None] * len(token_ids)
+        if thinking is not None and (thinking.thoughts.is_inside or thinking.thoughts.may_open):
+            return [None] * thinking.num_free(token_ids)
         try:
-            return [None] * len(token_ids) if self._constraint is None else self._constraint.masks_behind(token_ids)
+            return constraint.masks_behind(token_ids)
         except RuntimeError as error:
             raise WatcherError(str(error)) from error
 
     def forced(self) -> Sequence[int]:
         """Tokens that the constraint leaves no choice about: see Watcher."""
+        thinking = self._thinking
+        if thinking is not None and (thinking.thoughts.is_inside or thinking.thoughts.may_open):
+            return ()
         return self._constraint.forced() if self._constraint is not None else ()
 
     def _accepted(self, token_id: int) -> str | None:
-        """The text that a token completes; None where the constraint refuses it."""
-        if self._constraint is None:
-            return self._decoder.push(token_id)
+        """The text that a token completes; None where the constraint refuses it. Thoughts are free."""
+        is_free = self._thinking is not None and self._thinking.takes(token_id)
         try:
-            if not self._constraint.accept(token_id):
+            if self._constraint is not None and not is_free and not self._constraint.accept(token_id):
                 return None
-            text = self._decoder.push(token_id)
-            if text:
-                self._constraint.read(text)
         except RuntimeError as error:
             raise WatcherError(str(error)) from error
-        return text
+        return self._decoder.push(token_id)
+
+    def _read(self, said: str) -> None:
+        """What is said: a call may begin in it."""
+        try:
+            if self._constraint is not None and said:
+                self._constraint.read(said)
+        except RuntimeError as error:
+            raise WatcherError(str(error)) from error
 
     def end_of_turn(self) -> Verdict | None:
         """The model generated a stop token: an interception if its turn holds tool calls."""
         if self._parser is not None:
+            if self._thinking is not None:
+                self._calls += self._parser.feed(self._thinking.thoughts.end_turn().said)
             self._calls += self._parser.finish()
         if self._calls:
             return self._tool_verdict(ended_turn=True)
@@ -148,6 +206,8 @@ class TextWatcher:
         if self._constraint is not None:
             self._constraint.begin_turn()
         text = "".join(self._decoder.push(token_id) for token_id in token_ids)
+        if self._thinking is not None:
+            self._thinking.thoughts.go_on(text)
         self._runs.append(TextRun(text, tuple(token_ids)))
 
     def finish(self) -> None:

@@ -4,12 +4,15 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-flags = ["--xla_force_host_platform_device_count=8"]
-if os.environ["JAX_PLATFORMS"] == "cpu":
-    # Most of the suite's time is compilation, and most programs run a few times: XLA's own passes are as ever, LLVM's
-    # are left out. On a GPU the programs are those that users run.
-    flags += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
+# Most of the suite's time is compilation, and most programs run a few times: XLA's own passes are as ever, LLVM's
+# expensive ones are left out. On a GPU the programs are those that users run.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        *(os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"),
+        *(["--xla_backend_optimization_level=0"] if os.environ["JAX_PLATFORMS"] == "cpu" else []),
+        *(["--xla_llvm_disable_expensive_passes=true"] if os.environ["JAX_PLATFORMS"] == "cpu" else []),
+    ]
+).strip()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads spin: beside other processes that takes minutes

@@ -87,13 +87,14 @@ class ScriptRunner:
         return self._results.popleft()
 
 
-def make_session(tokenizer, *texts, policy=None, **config):
+def make_session(tokenizer, *texts, policy=None, reasoning=None, **config):
     scripts = {i: tokenizer.encode(text, add_special_tokens=False) for i, text in enumerate(texts)}
     sizes = {"num_blocks": 400, "block_size": 8, "max_model_len": 1024} | config
     scheduler = Scheduler(SchedulerConfig(**sizes), policy or Discard())
     runner = ScriptRunner(scripts)
     engine = Engine(scheduler, runner, MonotonicClock(), Ledger(1))
-    return Session(engine, tokenizer, watcher_factory(tokenizer, "hermes"), MonotonicClock())
+    watcher = watcher_factory(tokenizer, "hermes", reasoning=reasoning)
+    return Session(engine, tokenizer, watcher, MonotonicClock())
 
 
 def run(session, on_delta=None, limit_s=20.0):
@@ -130,6 +131,19 @@ def shout(word: str) -> str:
 def broken(word: str) -> str:
     """Never works."""
     raise KeyError(word)
+
+
+def test_each_turn_may_begin_with_a_thought(tokenizer):
+    call = call_text("shout", word="hi")
+    script = f"<think>\n{call}?\n</think>\n\n{call}<|im_end|><think>HI, then</think>It is HI.<|im_end|>"
+    session = make_session(tokenizer, script, reasoning="qwen3")
+    with Toolbox([shout]) as toolbox:
+        chat(session, "say hi", toolbox)
+        _, outputs = run(session)
+    (output,) = outputs["r"].outputs
+    assert [len(each.calls) for each in output.interceptions] == [1], "a call in a thought is none"
+    assert (output.reasoning, output.answer) == ("HI, then", "It is HI.")
+    assert "<think>" in output.text, "nothing that was generated is left out"
 
 
 def test_a_call_runs_and_the_sequence_goes_on_from_its_own_ids(tokenizer):

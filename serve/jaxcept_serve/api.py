@@ -194,7 +194,7 @@ def openai_usage(usage: Usage) -> dict[str, Any]:
             "cached_tokens": usage.cached_tokens,
             "cache_write_tokens": usage.cache_write_tokens,
         },
-        "completion_tokens_details": {"reasoning_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "jaxcept": usage_figures(usage),
     }
 

@@ -76,7 +76,8 @@ class _Reply:
         delta = choice.get("delta") or choice.get("message") or {}
         text = choice.get("text") or delta.get("content") or ""
         pieces = delta.get("tool_calls") or []
-        if self.first_at is None and (text or pieces):
+        thought = delta.get("reasoning_content") or delta.get("reasoning")
+        if self.first_at is None and (text or pieces or thought):
             self.first_at = time.perf_counter()
         self.text += text
         for number, piece in enumerate(pieces):

@@ -172,6 +172,8 @@ class ChatCompletions:
     def _choice(self, finished: TurnFinished, turn: ChatTurn) -> Body:
         own = [call for call in finished.calls if not call.by_server]
         message: Body = {"role": "assistant", "content": finished.text, "refusal": None}
+        if finished.thought:
+            message["reasoning_content"] = finished.thought
         if own:
             message["content"] = finished.text or None
             message["tool_calls"] = [_call(call) for call in own]
@@ -223,9 +225,10 @@ class ChatCompletions:
         logprobs = None
         if turn.params.logprobs is not None and item.logprobs:
             logprobs = chat_logprobs(item.token_ids, item.logprobs, self._token_text)
+        thought = [stream.chunk(item.index, {"reasoning_content": item.thought})] if item.thought else []
         if not item.text and logprobs is None:
-            return []
-        return [stream.chunk(item.index, {"content": item.text}, logprobs)]
+            return thought
+        return [*thought, stream.chunk(item.index, {"content": item.text}, logprobs)]
 
     def _token_text(self, token_id: int) -> str:
         return self._api.service.detokenize([token_id])

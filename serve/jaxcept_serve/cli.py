@@ -25,6 +25,7 @@ from jaxcept.scheduler.durations import ESTIMATORS
 from jaxcept.scheduler.orders import ORDERS
 from jaxcept.scheduler.params import SamplingParams
 from jaxcept.scheduler.policies.catalog import POLICIES
+from jaxcept.text.reasoning import REASONING_PARSERS
 from jaxcept.tools.definition import Tool
 from jaxcept.tools.load import load_tools
 from jaxcept.tools.parsers import PARSERS
@@ -154,6 +155,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cost-model", help="file of `jaxcept profile` (default: measured at the first start)")
     group.add_argument("--chat-template", help="file of a chat template, or the template itself")
     group.add_argument("--tool-call-parser", default="auto", choices=["auto", *PARSERS])
+    group.add_argument(
+        "--reasoning-parser",
+        default="auto",
+        choices=["auto", "none", *REASONING_PARSERS],
+        help="how thoughts are told apart from what is said (default: as the chat template shows them)",
+    )
     group.add_argument("--tensor-parallel-size", type=int, default=1, help="devices that share every layer")
     group.add_argument(
         "--data-parallel-size", type=int, default=1, help="groups of devices that share the tokens of a step"
@@ -219,7 +226,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "tokenizer", "dtype", "kv_cache_dtype", "load_format", "max_model_len", "max_num_seqs",
         "max_num_batched_tokens", "block_size", "num_blocks", "memory_utilization", "enable_prefix_caching",
         "intercept_policy", "host_pool_gb", "queue_order", "return_head_start_s", "speculative_config",
-        "duration_estimator", "cost_model", "chat_template", "tool_call_parser", "implementation",
+        "duration_estimator", "cost_model", "chat_template", "tool_call_parser", "reasoning_parser", "implementation",
         "tensor_parallel_size", "data_parallel_size", "seed",
     )  # fmt: skip
     return {name: getattr(args, name) for name in names} | {"hosts": make_hosts(args)}

@@ -39,14 +39,16 @@ class MessageBuilder:
 
     Calls that the server runs are `mcp_tool_use` blocks with an `mcp_tool_result` behind them: a client shows these
     and sends them back, where it would try to run a `tool_use`. Such a block comes whole, once its tool has answered.
+    `shows_thoughts`: what the model thinks is told, in blocks without a signature.
     """
 
-    def __init__(self, message_id: str, model: str, has_marks: bool = False) -> None:
+    def __init__(self, message_id: str, model: str, has_marks: bool = False, shows_thoughts: bool = False) -> None:
         self.content: list[dict[str, Any]] = []
         self.finished: TurnFinished | None = None
         self.done: TurnDone | None = None
         self._message_id = message_id
         self._has_marks = has_marks  # of the cache: what is written to it is told apart
+        self._shows_thoughts = shows_thoughts
         self._model = model
         self._pieces: list[str] = []  # of the block that is open
         self._is_open = False
@@ -58,8 +60,9 @@ class MessageBuilder:
             case TurnStarted():  # what of the prompt the cache has is not known yet: message_delta tells
                 usage = usage_fields(None) | {"input_tokens": event.prompt_tokens}
                 return [{"type": "message_start", "message": self._message([], None, None, usage)}, {"type": "ping"}]
-            case TextDelta(text=text):
-                return self._text(text) if text else []
+            case TextDelta(text=text, thought=thought):
+                thinking = self._thought(thought) if thought and self._shows_thoughts else []
+                return thinking + (self._text(text) if text else [])
             case CallDelta():
                 return self._server_call(event) if event.by_server else self._call(event)
             case ToolAnswered():
@@ -119,6 +122,13 @@ class MessageBuilder:
         self._pieces.append(text)
         return [*events, self._delta({"type": "text_delta", "text": text})]
 
+    def _thought(self, thought: str) -> list[Event]:
+        events = []
+        if not (self._is_open and self.content[-1]["type"] == "thinking"):
+            events = self._close() + self._open({"type": "thinking", "thinking": "", "signature": ""})
+        self._pieces.append(thought)
+        return [*events, self._delta({"type": "thinking_delta", "thinking": thought})]
+
     def _call(self, event: CallDelta) -> list[Event]:
         events = []
         if not (self._is_open and self.content[-1].get("id") == event.call_id):
@@ -163,8 +173,8 @@ class MessageBuilder:
         if not self._is_open:
             return []
         block = self.content[-1]
-        if block["type"] == "text":
-            block["text"] = "".join(self._pieces)
+        if block["type"] in ("text", "thinking"):
+            block[block["type"]] = "".join(self._pieces)
         elif block["type"] == "tool_use":
             block["input"] = input_object("".join(self._pieces))
         self._pieces = []

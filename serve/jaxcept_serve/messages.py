@@ -50,7 +50,7 @@ PROMPT_FIELDS = (
     Field("system", "any", "The system prompt: text, or text blocks.", schema=_TEXT),
     Field("tools", "array", "The client's tools.", items=Field("", "object", nullable=False)),
     Field("tool_choice", "object", "auto, any, tool (with a name) or none."),
-    Field("thinking", "object", "Accepted; the model's thinking is not set apart."),
+    Field("thinking", "object", "enabled or adaptive: what the model thinks is told, in blocks of its own."),
     Field("cache_control", "object", "How long the context may wait for the next turn: ttl 5m or 1h."),
     Field("output_config", "object", "format: a JSON schema that the text is to match."),
     Field("output_format", "object", "The older place of output_config.format."),
@@ -84,6 +84,11 @@ class _Ask:
     digest: PromptDigest
     compare_with: str | None
     has_marks: bool  # of the cache
+    shows_thoughts: bool
+
+    def make_builder(self) -> MessageBuilder:
+        """What makes the answer."""
+        return MessageBuilder(self.turn.request_id, self.model, self.has_marks, self.shows_thoughts)
 
 
 class Messages:
@@ -113,7 +118,7 @@ class Messages:
         return json_response({"input_tokens": count})
 
     async def _whole(self, ask: _Ask, caller: Caller) -> dict[str, Any]:
-        builder = MessageBuilder(ask.turn.request_id, ask.model, ask.has_marks)
+        builder = ask.make_builder()
         async with closing(
             await begin_turn(self._api.service, ask.turn, caller, "messages", "output_config.format")
         ) as events:
@@ -125,7 +130,7 @@ class Messages:
         return message
 
     async def _stream(self, events: AsyncIterator[TurnEvent], ask: _Ask, caller: Caller) -> AsyncGenerator[bytes, None]:
-        builder = MessageBuilder(ask.turn.request_id, ask.model, ask.has_marks)
+        builder = ask.make_builder()
         async with closing(events):
             async for turn_event in events:
                 for made in builder.feed(turn_event):
@@ -160,7 +165,8 @@ class Messages:
         wanted = values.get("diagnostics")
         compare_with = None if wanted is None else wanted["previous_message_id"] or ""
         has_marks = any(holder.get("cache_control") is not None for _, holder in _cache_marks(values))
-        return _Ask(turn, model, PromptDigest.of(messages, tools, model=model), compare_with, has_marks)
+        shows_thoughts = (values["thinking"] or {}).get("type") in ("enabled", "adaptive")
+        return _Ask(turn, model, PromptDigest.of(messages, tools, model=model), compare_with, has_marks, shows_thoughts)
 
     def _remember(self, ask: _Ask, caller: Caller, builder: MessageBuilder) -> None:
         answer = messages_of_anthropic(None, [{"role": "assistant", "content": builder.content}])

@@ -375,7 +375,9 @@ def _same(old: TurnEvent, new: TurnEvent, ids: dict[str, str]) -> bool:
     """Whether an event says again what was said; `ids` learns the old ids of calls by their new ones."""
     match old, new:
         case TextDelta(), TextDelta():
-            return (old.index, old.text, old.token_ids) == (new.index, new.text, new.token_ids)
+            return (old.index, old.thought, old.text, old.token_ids) == (
+                *(new.index, new.thought, new.text, new.token_ids),
+            )
         case CallDelta(), CallDelta():
             ids[new.call_id] = old.call_id
             return replace(new, call_id=old.call_id) == old

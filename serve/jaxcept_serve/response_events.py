@@ -32,6 +32,7 @@ class _Open:
     pieces: list[str] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     call: FullCall | None = None
+    is_thought: bool = False
 
     @property
     def text(self) -> str:
@@ -127,11 +128,11 @@ class ResponseBuilder:
 
     def _text(self, delta: TextDelta) -> list[Event]:
         self._held += self._shown_logprobs(delta.token_ids, delta.logprobs)
+        events = self._thought(delta.thought) if delta.thought else []
         if not delta.text:
-            return []
-        events: list[Event] = []
-        if self._open is None or self._open.call is not None:
-            events = self._close()
+            return events
+        if self._open is None or self._open.call is not None or self._open.is_thought:
+            events += self._close()
             item = {"id": self._new_id("msg"), "type": "message", "status": "in_progress", "role": "assistant"}
             self._open, added = self._add({**item, "content": []})
             part = _text_part("", [])
@@ -145,6 +146,21 @@ class ResponseBuilder:
                         logprobs=logprobs)
         )  # fmt: skip
         return events
+
+    def _thought(self, thought: str) -> list[Event]:
+        self._held = []  # log-probabilities are told of what is said
+        events: list[Event] = []
+        if self._open is None or not self._open.is_thought:
+            events = self._close()
+            item = {"id": self._new_id("rs"), "type": "reasoning", "status": "in_progress", "summary": []}
+            self._open, added = self._add({**item, "content": []})
+            self._open.is_thought = True
+            part = _thought_part("")
+            events += [added, self._event("response.content_part.added", **self._place(self._open), content_index=0,
+                                          part=part)]  # fmt: skip
+        self._open.pieces.append(thought)
+        place = {**self._place(self._open), "content_index": 0}
+        return [*events, self._event("response.reasoning_text.delta", **place, delta=thought)]
 
     def _call(self, delta: CallDelta) -> list[Event]:
         self._held = []  # of the call's markup
@@ -202,11 +218,13 @@ class ResponseBuilder:
         return [*events, self._item_done(at)]
 
     def _close_message(self, at: _Open, status: str) -> list[Event]:
-        part = _text_part(at.text, at.logprobs)
+        part = _thought_part(at.text) if at.is_thought else _text_part(at.text, at.logprobs)
         place = {**self._place(at), "content_index": 0}
         self._output[at.index] = {**self._output[at.index], "status": status, "content": [part]}
         return [
-            self._event("response.output_text.done", **place, text=at.text, logprobs=at.logprobs),
+            self._event("response.reasoning_text.done", **place, text=at.text)
+            if at.is_thought
+            else self._event("response.output_text.done", **place, text=at.text, logprobs=at.logprobs),
             self._event("response.content_part.done", **place, part=part),
             self._item_done(at),
         ]
@@ -256,7 +274,7 @@ def usage_fields(usage: Usage) -> dict[str, Any]:
             "cache_write_tokens": usage.cache_write_tokens,
         },
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "total_tokens": usage.total_tokens,
         "jaxcept": usage_figures(usage),
     }
@@ -264,6 +282,10 @@ def usage_fields(usage: Usage) -> dict[str, Any]:
 
 def _kind(by_server: bool) -> str:
     return "mcp_call" if by_server else "function_call"
+
+
+def _thought_part(text: str) -> dict[str, Any]:
+    return {"type": "reasoning_text", "text": text}
 
 
 def _text_part(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:

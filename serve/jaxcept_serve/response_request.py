@@ -54,7 +54,7 @@ PROMPT_FIELDS = all_fields(
         Field("text", "object", "format: text, json_object or json_schema."),
         Field("truncation", "string", "auto drops the oldest turns where the prompt is too long.", default="disabled",
               choices=("auto", "disabled")),
-        Field("reasoning", "object", "Accepted; the model's reasoning is not set apart."),
+        Field("reasoning", "object", "Accepted; how much a model thinks is its template's to say."),
     ),
     HINT_FIELDS,
 )  # fmt: skip

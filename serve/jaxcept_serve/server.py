@@ -14,8 +14,9 @@ import uvicorn
 from starlette.applications import Starlette
 
 from jaxcept.async_llm import AsyncLLM
-from jaxcept.build import Progress, choose_parser
+from jaxcept.build import Progress, choose_parser, choose_reasoning
 from jaxcept.config import EngineConfig
+from jaxcept.text.reasoning import make_thoughts
 from jaxcept.tools.guard import ToolLimits
 from jaxcept.tools.parsers import make_parser
 from jaxcept.tools.sources import SERVER_LIMITS, ToolSource, open_tools
@@ -96,12 +97,14 @@ class Running:
             raise
         session = self.llm.session
         parser = choose_parser(config.engine, session.tokenizer)
+        reasoning = choose_reasoning(config.engine, session.tokenizer)
         names = tuple(config.model_names) or (config.engine.model_name,)
         self.service = EngineService(
             self.llm,
             names,
             tools=lambda: self.source.toolbox,
             make_parser=(lambda: make_parser(parser)) if parser is not None else None,
+            make_thoughts=(lambda: make_thoughts(reasoning)) if reasoning is not None else None,
             hold=config.hold,
         )
         self.tracing = self._make_tracing()

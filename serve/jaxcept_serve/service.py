@@ -18,7 +18,8 @@ from jaxcept.engine import EngineDeadError
 from jaxcept.outputs import Delta, RequestOutput, Spent
 from jaxcept.scheduler.params import SamplingParams
 from jaxcept.scheduler.plan import TokenLogprobs
-from jaxcept.session import InterceptOptions
+from jaxcept.session import PROMPT_END, InterceptOptions
+from jaxcept.text.reasoning import Split, Thoughts
 from jaxcept.text.template import TemplateError
 from jaxcept.tools.calls import ParsedCall, ToolCall
 from jaxcept.tools.parsers import ToolCallParser
@@ -26,6 +27,7 @@ from jaxcept.tools.toolbox import Toolbox
 from jaxcept_serve.call_stream import CallStream
 from jaxcept_serve.conversion import with_server_calls
 from jaxcept_serve.turns import (
+    CallDelta,
     Caller,
     ChatTurn,
     PromptTurn,
@@ -69,7 +71,7 @@ class EngineService:
     """The Service of one engine. Lives in one event loop; the engine has a thread of its own.
 
     `tools` gives the tools that the server runs, as they are at the moment. `make_parser` makes a parser of the model's
-    calls, None where its template shows no format that is known.
+    calls, None where its template shows no format that is known; `make_thoughts` what tells its thoughts apart.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class EngineService:
         *,
         tools: Callable[[], Toolbox] | None = None,
         make_parser: Callable[[], ToolCallParser] | None = None,
+        make_thoughts: Callable[[], Thoughts] | None = None,
         hold: HoldOptions | None = None,
     ) -> None:
         self.llm = llm
@@ -89,6 +92,7 @@ class EngineService:
         self.is_draining = False
         self._names = tuple(model_names)
         self._make_parser = make_parser
+        self._make_thoughts = make_thoughts
         self._tokenizer = llm.session.tokenizer
         self._token_bytes = llm.session.engine.ledger.block_bytes / llm.session.engine.scheduler.config.block_size
 
@@ -198,7 +202,7 @@ class EngineService:
             if follows is not None and prompt.known is not None and not isinstance(error, EngineDeadError):
                 self.llm.abort(follows)
             refuse(error)
-        run = _Run(self, turn.params, prompt.ids, calls, stream, holds=hold_s is not None)
+        run = _Run(self, turn.params, prompt.ids, calls, stream, holds=hold_s is not None, is_chat=True)
         return _Watched(self._watch(run, lambda finished: self._remember(turn, prompt, run, finished)), stream)
 
     async def complete(self, turn: PromptTurn, caller: Caller) -> AsyncIterator[TurnEvent]:
@@ -381,6 +385,14 @@ class EngineService:
 
         return CallStream(self._make_parser(), index, lambda: f"call_{prefix}{next(count):04d}", is_of_server)
 
+    def split_thoughts(self, prompt_ids: Sequence[int]) -> Thoughts | None:
+        """A splitter for the turn that begins behind this prompt; None where thoughts are not told apart."""
+        if self._make_thoughts is None:
+            return None
+        thoughts = self._make_thoughts()
+        thoughts.begin_turn(self.detokenize(prompt_ids[-PROMPT_END:]))
+        return thoughts
+
     @property
     def token_bytes(self) -> float:
         """Bytes of KV cache of one token."""
@@ -417,10 +429,13 @@ class _Watched:
 class _Completion:
     """One completion of a run, as far as it has come."""
 
-    def __init__(self, index: int, calls: CallStream | None) -> None:
+    def __init__(self, index: int, calls: CallStream | None, thoughts: Thoughts | None = None) -> None:
         self.index = index
         self.calls = calls
+        self.thoughts = thoughts
         self.text: list[str] = []
+        self.thought: list[str] = []
+        self.num_thought = 0  # tokens
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.results: dict[str, tuple[str, bool]] = {}  # by the client's name of the call
@@ -437,9 +452,11 @@ class _Completion:
             else call
             for call in (self.calls.calls if self.calls is not None else ())
         ]
-        text = "".join(self.text)
         logprobs = tuple(self.logprobs) or None
-        return TurnFinished(self.index, reason, stop_reason, text, tuple(calls), tuple(self.token_ids), logprobs)
+        return TurnFinished(
+            *(self.index, reason, stop_reason, "".join(self.text), tuple(calls), tuple(self.token_ids), logprobs),
+            thought="".join(self.thought),
+        )
 
 
 class _Run:
@@ -453,6 +470,7 @@ class _Run:
         toolbox: Toolbox | None,
         stream: Stream,
         holds: bool = False,
+        is_chat: bool = False,
     ) -> None:
         self.service = service
         self.params = params
@@ -468,7 +486,12 @@ class _Run:
         self._num_returned = 0
         self._output: RequestOutput | None = None
         self._completions = [
-            _Completion(i, service.stream_calls(i, toolbox) if toolbox is not None else None) for i in range(params.n)
+            _Completion(
+                i,
+                service.stream_calls(i, toolbox) if toolbox is not None else None,
+                service.split_thoughts(prompt_ids) if is_chat else None,
+            )
+            for i in range(params.n)
         ]
 
     @property
@@ -491,6 +514,8 @@ class _Run:
                 events = self._end_turn(own)
                 if own.calls is not None:
                     own.calls.begin_turn()
+                if own.thoughts is not None:
+                    own.thoughts.go_on(delta.text)
                 self._num_returned += len(delta.token_ids)
                 if not own.index:
                     self.all_ids += delta.token_ids
@@ -516,6 +541,7 @@ class _Run:
             intercepted_s=sum(each.intercepted_s for each in spent),
             held_byte_s=sum(each.held_token_s for each in spent) * self.service.token_bytes,
             cache_write_tokens=len(self.prompt_ids) - cached,
+            reasoning_tokens=sum(completion.num_thought for completion in self._completions),
         )
         logprobs = self._output.prompt_logprobs if self._output is not None else None
         return TurnDone(usage, tuple(self.prompt_ids), tuple(logprobs) if logprobs is not None else None)
@@ -525,17 +551,24 @@ class _Run:
         if not own.index:
             self.all_ids += delta.token_ids
         own.logprobs += delta.logprobs or ()
-        said, pieces = own.calls.feed(delta.text) if own.calls is not None else (delta.text, [])
+        thought, text = own.thoughts.feed(delta.text) if own.thoughts is not None else Split(said=delta.text)
+        own.thought.append(thought)
+        if thought or (own.thoughts is not None and own.thoughts.is_inside):
+            own.num_thought += len(delta.token_ids)
+        said, pieces = own.calls.feed(text) if own.calls is not None else (text, [])
         own.text.append(said)
-        return [TextDelta(own.index, said, delta.token_ids, delta.logprobs), *pieces]
+        return [TextDelta(own.index, said, delta.token_ids, delta.logprobs, thought), *pieces]
 
     def _end_turn(self, own: _Completion) -> list[TurnEvent]:
         """What the end of a turn sets free of what was held back."""
-        if own.calls is None:
-            return []
-        said, pieces = own.calls.end_turn()
+        thought, said = own.thoughts.end_turn() if own.thoughts is not None else Split()
+        pieces: list[CallDelta] = []
+        if own.calls is not None:
+            (before, first), (behind, last) = own.calls.feed(said), own.calls.end_turn()
+            said, pieces = before + behind, [*first, *last]
+        own.thought.append(thought)
         own.text.append(said)
-        events: list[TurnEvent] = [TextDelta(own.index, said)] if said else []
+        events: list[TurnEvent] = [TextDelta(own.index, said, thought=thought)] if said or thought else []
         return [*events, *pieces]
 
     def _on_intercepted(self, own: _Completion, delta: Delta) -> list[TurnEvent]:

@@ -79,12 +79,14 @@ class TurnStarted:
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """Text that the model wrote, call markup left out. Empty where a token completes no text."""
+    """Text that the model wrote, call markup left out. Empty where a token completes no text. `thought` comes before
+    `text`: what the model thinks, where that is told apart."""
 
     index: int
     text: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    thought: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,7 @@ class TurnFinished:
 
     `finish_reason`: stop, length, tool_calls (the client's tools are called: its context is held), abort, error,
     tool_timeout, tool_failed, tool_limit. `stop_reason`: the stop string or id, where one ended it. `text` is all
-    text without calls; `calls` are all calls in order; `token_ids` what the model generated.
+    text without calls and thoughts; `calls` are all calls in order; `token_ids` what the model generated.
     """
 
     index: int
@@ -142,6 +144,7 @@ class TurnFinished:
     calls: tuple[FullCall, ...]
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    thought: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +160,7 @@ class Usage:
     intercepted_s: float = 0.0
     held_byte_s: float = 0.0
     cache_write_tokens: int = 0
+    reasoning_tokens: int = 0  # of the completions' tokens, those that were thought
 
     @property
     def total_tokens(self) -> int:
