@@ -77,6 +77,8 @@ MODELS = {
     "qwen3-30b-a3b": Served("qwen3-30b-a3b", 1, (Implementation.PALLAS,)),
     "qwen3-30b-a3b on 4": Served("qwen3-30b-a3b", 4, (Implementation.PALLAS,)),
     "mixtral-8x7b": Served("mixtral-8x7b", 2, (Implementation.PALLAS,)),
+    "gemma-2-9b": Served("gemma-2-9b", 1, (Implementation.PALLAS,)),
+    "gemma-3-27b": Served("gemma-3-27b", 2, (Implementation.PALLAS,)),
     "llama-3-70b": Served("llama-3-70b", 4, (Implementation.PALLAS,)),
     "llama-3-70b int8": Served("llama-3-70b", 4, (Implementation.PALLAS,), "int8"),
 }
