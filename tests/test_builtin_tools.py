@@ -83,12 +83,12 @@ def test_a_rounded_number_is_within_half_a_unit_of_its_last_digit(value: Fractio
     ],
 )
 def test_calculator_refuses_at_once(expression: str, message: str) -> None:
-    started = time.process_time()
+    started = time.thread_time()
     with pytest.raises(ValueError, match=message) as caught:
         calculator(expression)
     assert type(caught.value) is ValueError
     assert len(str(caught.value)) < 120
-    assert time.process_time() - started < 0.5
+    assert time.thread_time() - started < 0.5
 
 
 @given(st.text(max_size=60))

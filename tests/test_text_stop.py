@@ -81,8 +81,8 @@ def test_special_characters_of_patterns_are_themselves() -> None:
 
 def test_long_repetitive_text_is_linear() -> None:
     stops = ["a" * n + "b" for n in range(961, 1024)]
-    start = time.process_time()
+    start = time.thread_time()
     checker = StopStrings(stops)
     shown = sum(len(checker.push("a" * 10).text) for _ in range(4_000))
     assert shown == 40_000 - 1023
-    assert time.process_time() - start < 3.0
+    assert time.thread_time() - start < 3.0

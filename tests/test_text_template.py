@@ -169,10 +169,10 @@ def test_constructs_that_templates_use(source: str) -> None:
     ],
 )
 def test_templates_that_cannot_be_rendered_say_why_and_soon(source: str, words: str) -> None:
-    start = time.process_time()
+    start = time.thread_time()
     with pytest.raises(TemplateError, match=words):
         ChatTemplate(source).render([USER])
-    assert time.process_time() - start < 10
+    assert time.thread_time() - start < 10
 
 
 def test_a_broken_template_is_refused_when_it_is_made() -> None:

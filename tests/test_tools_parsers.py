@@ -276,16 +276,16 @@ LONG = [
 @pytest.mark.parametrize(("name", "text"), LONG, ids=[f"{name}-{text[:20]}-{i}" for i, (name, text) in enumerate(LONG)])
 def test_long_text_takes_a_moment_however_it_is_cut(name: str, text: str) -> None:
     for pieces in ([text], [text[i : i + 7] for i in range(0, len(text), 7)]):
-        start = time.process_time()
+        start = time.thread_time()
         parse(name, pieces)
-        assert time.process_time() - start < 3.0
+        assert time.thread_time() - start < 3.0
 
 
 def test_a_megabyte_split_at_every_character() -> None:
     text = '<tool_call>{"name": "f", "arguments": {"a": "' + "x" * 1_000_000 + '"}}</tool_call>'
-    start = time.process_time()
+    start = time.thread_time()
     assert len(parse("hermes", list(text)).pairs) == 1
-    assert time.process_time() - start < 10.0
+    assert time.thread_time() - start < 10.0
 
 
 def test_nesting_counts_over_several_values() -> None:
