@@ -121,9 +121,7 @@ def test_long_contexts_span_many_chunks(implementation: Implementation) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(
-    ("window", "soft_cap"), [(1, None), (19, 1.5), (256, None), (2000, 0.2), (None, 3.0)]
-)
+@pytest.mark.parametrize(("window", "soft_cap"), [(1, None), (19, 1.5), (256, None), (2000, 0.2), (None, 3.0)])
 def test_windows_and_caps(implementation: Implementation, window: int | None, soft_cap: float | None) -> None:
     layout, scoring = make_layout(num_blocks=160), Scoring(0.2, window, soft_cap)
     spans = [(700, 1), (511, 1), (0, 40), (255, 2), (280, 70), (3, 1)]

@@ -19,7 +19,8 @@ from jaxcept.tools.builtin import calculator
 from jaxcept.tools.calls import ToolCall
 from jaxcept.tools.parsers import make_parser
 from jaxcept.tools.toolbox import Toolbox
-from jaxcept_serve.service import EngineService, HoldOptions, _Run, _tool_choice
+from jaxcept_serve.service import EngineService, HoldOptions, _tool_choice
+from jaxcept_serve.turn_run import TurnRun
 from jaxcept_serve.turns import (
     CallDelta,
     Caller,
@@ -261,7 +262,7 @@ def test_completions_of_one_turn_wait_for_their_own_tools(llm: AsyncLLM, box: To
 
     async def conversation() -> None:
         service = EngineService(llm, ["shipped"], tools=lambda: box, make_parser=lambda: make_parser("hermes"))
-        made = _Run(service, replace(GREEDY, n=2), [1], box.select(None, [LOOKUP]), None)  # type: ignore[arg-type]  # no stream
+        made = TurnRun(service, replace(GREEDY, n=2), [1], box.select(None, [LOOKUP]), None)  # type: ignore[arg-type]  # no stream
         first, second = made._completions
         first.waiting = {"a"}
         assert made._end_if_answered(first) == []

@@ -13,32 +13,25 @@ from typing import Any, NoReturn
 
 from jaxcept.async_llm import AsyncLLM, Stream
 from jaxcept.constraint import ToolChoice, ToolMode
-from jaxcept.conversations import CallRef, Conversations, Digest, IdBuffer, KnownTurn, digests_of, extend_digest
+from jaxcept.conversations import Conversations, Digest, IdBuffer, KnownTurn, digests_of, extend_digest
 from jaxcept.engine import EngineDeadError
-from jaxcept.outputs import Delta, RequestOutput, Spent
 from jaxcept.scheduler.params import SamplingParams
-from jaxcept.scheduler.plan import TokenLogprobs
 from jaxcept.session import PROMPT_END, InterceptOptions
-from jaxcept.text.reasoning import Split, Thoughts
+from jaxcept.text.reasoning import Thoughts
 from jaxcept.text.template import TemplateError
-from jaxcept.tools.calls import ParsedCall, ToolCall
 from jaxcept.tools.parsers import ToolCallParser
 from jaxcept.tools.toolbox import Toolbox
 from jaxcept_serve.call_stream import CallStream
 from jaxcept_serve.conversion import with_server_calls
+from jaxcept_serve.turn_run import TurnRun
 from jaxcept_serve.turns import (
-    CallDelta,
     Caller,
     ChatTurn,
     PromptTurn,
     ServiceError,
-    TextDelta,
-    ToolAnswered,
-    TurnDone,
     TurnEvent,
     TurnFinished,
     TurnStarted,
-    Usage,
 )
 
 LONG_TEXT = 20_000  # characters from which on a text is encoded beside the event loop
@@ -202,7 +195,7 @@ class EngineService:
             if follows is not None and prompt.known is not None and not isinstance(error, EngineDeadError):
                 self.llm.abort(follows)
             refuse(error)
-        run = _Run(self, turn.params, prompt.ids, calls, stream, holds=hold_s is not None, is_chat=True)
+        run = TurnRun(self, turn.params, prompt.ids, calls, stream, holds=hold_s is not None, is_chat=True)
         return _Watched(self._watch(run, lambda finished: self._remember(turn, prompt, run, finished)), stream)
 
     async def complete(self, turn: PromptTurn, caller: Caller) -> AsyncIterator[TurnEvent]:
@@ -221,7 +214,7 @@ class EngineService:
             )
         except (ValueError, EngineDeadError) as error:
             refuse(error)
-        return _Watched(self._watch(_Run(self, turn.params, ids, None, stream), lambda finished: None), stream)
+        return _Watched(self._watch(TurnRun(self, turn.params, ids, None, stream), lambda finished: None), stream)
 
     async def _check(self, params: SamplingParams, options: InterceptOptions | None, calls: Toolbox | None) -> None:
         """Compiles what the output is bound to beside the event loop, before the engine needs it."""
@@ -248,7 +241,7 @@ class EngineService:
             limit = self.max_model_len - 1
             raise ServiceError(400, f"prompt_ids has at least {at_least} ids: expected at most {limit}", param="prompt")
 
-    async def _watch(self, run: _Run, on_held: Callable[[TurnFinished], None]) -> AsyncGenerator[TurnEvent, None]:
+    async def _watch(self, run: TurnRun, on_held: Callable[[TurnFinished], None]) -> AsyncGenerator[TurnEvent, None]:
         """The events of a turn; whoever closes them early aborts it."""
         with closing(run.stream):
             yield TurnStarted(len(run.prompt_ids))
@@ -266,7 +259,7 @@ class EngineService:
                 run.stream.detach()
             yield run.done()
 
-    def _remember(self, turn: ChatTurn, prompt: _Prompt, run: _Run, finished: TurnFinished) -> None:
+    def _remember(self, turn: ChatTurn, prompt: _Prompt, run: TurnRun, finished: TurnFinished) -> None:
         """Remembers a turn by its messages, so that the next one goes on from its ids."""
         is_whole = finished.finish_reason in ("stop", "length", "tool_calls") and finished.stop_reason is None
         if not is_whole or turn.is_prewarm:
@@ -424,204 +417,6 @@ class _Watched:
         """Ends the turn, if it has not ended."""
         await self._events.aclose()
         self._stream.close()
-
-
-class _Completion:
-    """One completion of a run, as far as it has come."""
-
-    def __init__(self, index: int, calls: CallStream | None, thoughts: Thoughts | None = None) -> None:
-        self.index = index
-        self.calls = calls
-        self.thoughts = thoughts
-        self.text: list[str] = []
-        self.thought: list[str] = []
-        self.num_thought = 0  # tokens
-        self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprobs] = []
-        self.results: dict[str, tuple[str, bool]] = {}  # by the client's name of the call
-        self.waiting: set[str] = set()  # server's calls of a turn that the client's answers end
-        self.is_over = False
-        self.spent = Spent()
-
-    def finished(self, reason: str, stop_reason: str | int | None) -> TurnFinished:
-        """The event that tells its end."""
-        self.is_over = True
-        calls = [
-            replace(call, result=self.results[call.call_id][0], is_error=self.results[call.call_id][1])
-            if call.call_id in self.results
-            else call
-            for call in (self.calls.calls if self.calls is not None else ())
-        ]
-        logprobs = tuple(self.logprobs) or None
-        return TurnFinished(
-            *(self.index, reason, stop_reason, "".join(self.text), tuple(calls), tuple(self.token_ids), logprobs),
-            thought="".join(self.thought),
-        )
-
-
-class _Run:
-    """One turn under way: deltas of the engine to events of the turn."""
-
-    def __init__(
-        self,
-        service: EngineService,
-        params: SamplingParams,
-        prompt_ids: Sequence[int],
-        toolbox: Toolbox | None,
-        stream: Stream,
-        holds: bool = False,
-        is_chat: bool = False,
-    ) -> None:
-        self.service = service
-        self.params = params
-        self.stream = stream
-        self.toolbox = toolbox
-        self.prompt_ids = prompt_ids
-        self.all_ids = list(prompt_ids)  # of the first completion: the prompt, what it wrote, what tools returned
-        self.holds = holds
-        self.is_held = False
-        self.has_ended_turn = True
-        self.open_calls: tuple[CallRef, ...] = ()  # those that the client answers, and the server's beside them
-        self.answers: dict[str, str] = {}
-        self._num_returned = 0
-        self._output: RequestOutput | None = None
-        self._completions = [
-            _Completion(
-                i,
-                service.stream_calls(i, toolbox) if toolbox is not None else None,
-                service.split_thoughts(prompt_ids) if is_chat else None,
-            )
-            for i in range(params.n)
-        ]
-
-    @property
-    def is_over(self) -> bool:
-        """Whether every completion is."""
-        return all(completion.is_over for completion in self._completions)
-
-    def take(self, delta: Delta) -> list[TurnEvent]:
-        """The events that a delta is."""
-        own = self._completions[delta.index]
-        if own.is_over:
-            self._output = delta.output or self._output
-            return []
-        if delta.spent is not None:
-            own.spent = delta.spent
-        match delta.kind:
-            case "generated":
-                return self._on_text(own, delta)
-            case "returned":
-                events = self._end_turn(own)
-                if own.calls is not None:
-                    own.calls.begin_turn()
-                if own.thoughts is not None:
-                    own.thoughts.go_on(delta.text)
-                self._num_returned += len(delta.token_ids)
-                if not own.index:
-                    self.all_ids += delta.token_ids
-                return events
-            case "intercepted":
-                return self._on_intercepted(own, delta)
-            case "answered":
-                return self._on_answered(own, delta)
-            case "finished":
-                return self._on_finished(own, delta)
-
-    def done(self) -> TurnDone:
-        """The last event."""
-        spent = [completion.spent for completion in self._completions]
-        cached = min(spent[0].cached_tokens, len(self.prompt_ids))
-        usage = Usage(
-            prompt_tokens=len(self.prompt_ids),
-            completion_tokens=sum(len(completion.token_ids) for completion in self._completions),
-            cached_tokens=cached,
-            returned_tokens=self._num_returned,
-            swapped_tokens=sum(each.swapped_tokens for each in spent),
-            recomputed_tokens=sum(each.recomputed_tokens for each in spent),
-            intercepted_s=sum(each.intercepted_s for each in spent),
-            held_byte_s=sum(each.held_token_s for each in spent) * self.service.token_bytes,
-            cache_write_tokens=len(self.prompt_ids) - cached,
-            reasoning_tokens=sum(completion.num_thought for completion in self._completions),
-        )
-        logprobs = self._output.prompt_logprobs if self._output is not None else None
-        return TurnDone(usage, tuple(self.prompt_ids), tuple(logprobs) if logprobs is not None else None)
-
-    def _on_text(self, own: _Completion, delta: Delta) -> list[TurnEvent]:
-        own.token_ids += delta.token_ids
-        if not own.index:
-            self.all_ids += delta.token_ids
-        own.logprobs += delta.logprobs or ()
-        thought, text = own.thoughts.feed(delta.text) if own.thoughts is not None else Split(said=delta.text)
-        own.thought.append(thought)
-        if thought or (own.thoughts is not None and own.thoughts.is_inside):
-            own.num_thought += len(delta.token_ids)
-        said, pieces = own.calls.feed(text) if own.calls is not None else (text, [])
-        own.text.append(said)
-        return [TextDelta(own.index, said, delta.token_ids, delta.logprobs, thought), *pieces]
-
-    def _end_turn(self, own: _Completion) -> list[TurnEvent]:
-        """What the end of a turn sets free of what was held back."""
-        thought, said = own.thoughts.end_turn() if own.thoughts is not None else Split()
-        pieces: list[CallDelta] = []
-        if own.calls is not None:
-            (before, first), (behind, last) = own.calls.feed(said), own.calls.end_turn()
-            said, pieces = before + behind, [*first, *last]
-        own.thought.append(thought)
-        own.text.append(said)
-        events: list[TurnEvent] = [TextDelta(own.index, said, thought=thought)] if said or thought else []
-        return [*events, *pieces]
-
-    def _on_intercepted(self, own: _Completion, delta: Delta) -> list[TurnEvent]:
-        turn = delta.turn
-        if turn is None:
-            return []
-        events = self._end_turn(own)
-        if not turn.calls:
-            self.is_held = True
-            return [*events, own.finished("stop", None)]
-        if not any(self._is_outside(call) for call in turn.calls):
-            return events  # the server answers, and the completion goes on
-        assert own.calls is not None, "calls without a parser"
-        refs = [CallRef(own.calls.ids[call.id], call.name, call.arguments) for call in turn.calls if _is_whole(call)]
-        self.open_calls = tuple(refs)
-        self.has_ended_turn = turn.ended_turn
-        own.waiting = {own.calls.ids[call.id] for call in turn.calls if _is_whole(call) and not self._is_outside(call)}
-        return [*events, *self._end_if_answered(own)]
-
-    def _on_answered(self, own: _Completion, delta: Delta) -> list[TurnEvent]:
-        record = delta.call
-        if record is None or own.calls is None or delta.call_id not in own.calls.ids:
-            return []  # a call that could not be read: the model is told, the client was not
-        call_id = own.calls.ids[delta.call_id]
-        own.results[call_id] = (record.result, record.is_error)
-        event = ToolAnswered(own.index, call_id, record.name, record.result, record.is_error, record.duration_s)
-        if call_id not in own.waiting:
-            return [event]
-        own.waiting.discard(call_id)
-        self.answers[call_id] = record.result
-        return [event, *self._end_if_answered(own)]
-
-    def _end_if_answered(self, own: _Completion) -> list[TurnEvent]:
-        if own.waiting:
-            return []
-        self.is_held = self.holds
-        return [own.finished("tool_calls", None)]
-
-    def _on_finished(self, own: _Completion, delta: Delta) -> list[TurnEvent]:
-        events: list[TurnEvent] = []
-        if delta.text:
-            events += self._on_text(own, replace(delta, token_ids=(), logprobs=None))
-        events += self._end_turn(own)
-        self._output = delta.output or self._output
-        self.has_ended_turn = delta.finish_reason == "stop"
-        return [*events, own.finished(str(delta.finish_reason), delta.stop_reason)]
-
-    def _is_outside(self, call: ParsedCall) -> bool:
-        return self.toolbox is not None and self.toolbox.is_external(call)
-
-
-def _is_whole(call: ParsedCall) -> bool:
-    return isinstance(call, ToolCall)
 
 
 def _tool_choice(turn: ChatTurn) -> ToolChoice:
