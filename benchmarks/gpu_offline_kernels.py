@@ -74,8 +74,10 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 CASES = (
     *(Case("bfloat16", head_dim, block_size) for head_dim in HEAD_DIMS for block_size in (16, 32, 64)),
     *(Case("bfloat16", head_dim, 16, group) for head_dim in (128, 256) for group in (1, 5, 8, 16)),
-    *(Case(dtype, 128, 16, 4, 4096, 50.0) for dtype in ("bfloat16", "int8")),
-    *(Case(dtype, 256, 16, 2, 4096, 50.0) for dtype in ("bfloat16", "int8")),
+    *(Case(dtype, 128, 16, 4, 4096, 50.0) for dtype in ("bfloat16", "int8", "float32")),
+    *(Case(dtype, 256, 16, 2, 4096, 50.0) for dtype in ("bfloat16", "int8", "float32")),
+    *(Case(dtype, 128, 16, 8, 4096) for dtype in ("bfloat16", "int8")),
+    *(Case("float32", head_dim, 16, group, 4096) for head_dim, group in ((64, 1), (80, 8))),
     *(Case(dtype, head_dim, 16) for dtype in ("float16", "float32") for head_dim in HEAD_DIMS),
     *(Case("int8", head_dim, block_size) for head_dim in HEAD_DIMS for block_size in (16, 64)),
     *(Case("int8", 128, 16, group) for group in (1, 8)),

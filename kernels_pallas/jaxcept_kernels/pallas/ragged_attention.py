@@ -83,7 +83,7 @@ def ragged_paged_attention(
         shape = Shape(name, count, results, splits, group, columns, layout, scoring, tile)
         return attend(q, pool, meta, layer, work, shape)
 
-    small, large = (fit(tiles, is_decode, group, layout, dtype) for is_decode in (True, False))
+    small, large = (fit(tiles, is_decode, group, layout, dtype, scoring) for is_decode in (True, False))
     if tokens == entries:  # decodes and short chunks: small tiles serve both in one launch
         return run("decode_attention", small, every_work(meta, tokens, small.rows // group), tokens)
     token = jnp.arange(tokens, dtype=jnp.int32)
@@ -95,11 +95,13 @@ def ragged_paged_attention(
     return jnp.where(length == 1, decoded, jnp.where(length > 1, prefilled, jnp.zeros((), q.dtype)))
 
 
-def fit(tiles: AttentionTiles, is_decode: bool, group: int, layout: KVLayout, dtype: jnp.dtype) -> Tile:
+def fit(
+    tiles: AttentionTiles, is_decode: bool, group: int, layout: KVLayout, dtype: jnp.dtype, scoring: Scoring
+) -> Tile:
     """The tile of a launch: a wider head or element takes fewer keys.
 
     Products in float32 are summed in registers, not by tensor cores, and elements of one byte are widened there: with
-    fewer warps or more keys those spill.
+    fewer warps or more keys those spill. What is masked beside, columns or keys before a window, takes registers too.
     """
     width, bytes_each = power_of_two(layout.head_dim), jnp.dtype(dtype).itemsize
     is_wide = width * bytes_each > HEAD_BYTES and not is_decode
@@ -107,11 +109,13 @@ def fit(tiles: AttentionTiles, is_decode: bool, group: int, layout: KVLayout, dt
     rows, keys, warps = tile.rows, tile.keys, tile.warps
     keys //= max(1, width * bytes_each // (2 * HEAD_BYTES if is_wide else HEAD_BYTES))
     if bytes_each == 4:
-        rows, keys, warps = min(rows, 2048 // width), min(keys, 4096 // width), max(8, warps)
+        most_keys = (4096 if scoring.window is None else 2048) // width
+        rows, keys, warps = min(rows, 2048 // width), min(keys, most_keys), max(8, warps)
     else:
         warps = min(warps, max(4, rows // MATRIX_ROWS))
     if layout.is_quantized:
-        keys //= 2 if layout.head_dim == width or not is_decode else 4
+        is_masked = layout.head_dim < width or scoring.window is not None
+        keys //= 4 if is_masked and is_decode else 2
         warps = max(warps, width // 32)
     return Tile(max(MATRIX_ROWS, rows, power_of_two(group)), max(16, keys), warps, tile.stages)
 
