@@ -14,7 +14,15 @@ from checkpoints import build_checkpoint
 from jaxcept.capacity import Plan, Sizes, default_max_model_len, model_shape, parse_devices, plan_capacity
 from jaxcept.runner.memory import DEVICE_SHARE
 from jaxcept.runner.runner import DeviceRunner, RunnerConfig
-from jaxcept.simulator.rooflines import A100_80GB, GPTJ_6B, LLAMA_3_70B, LLAMA_31_8B, VICUNA_13B, ExpertShape
+from jaxcept.simulator.rooflines import (
+    A100_80GB,
+    GPTJ_6B,
+    LLAMA_3_70B,
+    LLAMA_31_8B,
+    VICUNA_13B,
+    ExpertShape,
+    from_roofline,
+)
 from jaxcept_kernels.attention import Implementation
 from jaxcept_models.config import ModelConfig
 from jaxcept_models.footprint import Footprint, num_params
@@ -36,8 +44,10 @@ def footprint(model: str, num_devices: int, implementation: str = "pallas", data
 
 
 def head_bytes(here: Footprint) -> int:
-    """The matrix of the logits, and a bias: no argument of a step."""
+    """The matrix of the logits, and a bias: no argument of a step, unless the embedding is that matrix."""
     part: ModelConfig = here.part
+    if part.tie_word_embeddings:
+        return 0
     has_bias = part.architecture == "GPTJForCausalLM"
     return (part.hidden_size + has_bias) * part.vocab_size * 2
 
@@ -75,6 +85,7 @@ def test_the_compiled_programs_cover_several_devices() -> None:
     assert {("gpt-j-6b", 1), ("llama-3-8b", 1), ("llama-3-70b", 4), ("vicuna-13b", 1), ("vicuna-13b", 2)} <= seen
     assert ("llama-3-70b, int8 KV", 4) in seen
     assert {("qwen3-30b-a3b", 1), ("qwen3-30b-a3b", 4), ("mixtral-8x7b", 2)} <= seen
+    assert {("gemma-2-9b", 1), ("gemma-3-27b", 2)} <= seen
 
 
 @pytest.mark.parametrize(
@@ -97,6 +108,22 @@ def test_parameters_with_experts_are_the_published_ones(model: str, published: i
     assert shape.active_params == pytest.approx(active, rel=0.02)
     assert shape.read_bytes(1) == pytest.approx(2 * shape.active_params)
     assert shape.read_bytes(10_000) == pytest.approx(shape.weight_bytes)
+
+
+@pytest.mark.parametrize(("model", "published"), [("gemma-2-9b", 9_241_705_984), ("gemma-3-27b", 27_009_346_304)])
+def test_layers_with_windows_read_less_than_the_context(model: str, published: int) -> None:
+    config = SHAPES[model]
+    assert num_params(config) == published
+    short, long = (model_shape(model, footprint(model, 1), 16, context) for context in (512, 32_768))
+    assert short.attended_share == 1
+    full, window = config.windows.count(None), config.windows[0]
+    assert window is not None
+    part = (full + (config.num_layers - full) * window / 32_768) / config.num_layers
+    assert long.attended_share == pytest.approx(part)
+    whole, cut = (from_roofline(model, shape, A100_80GB, 1) for shape in (short, long))
+    assert cut.context_token_s == pytest.approx(part * whole.context_token_s)
+    assert cut.kv_token_bytes == whole.kv_token_bytes, "every layer keeps the whole context"
+    assert "within the windows" in cut.sources["pair_s"] and "within the windows" not in whole.sources["pair_s"]
 
 
 @pytest.mark.parametrize(("tensor", "data"), [(1, 1), (4, 1), (8, 1), (2, 2)])

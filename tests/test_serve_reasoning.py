@@ -7,6 +7,7 @@ import json
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from test_session import make_session, tokenizer
 
 from jaxcept import AsyncLLM, SamplingParams, async_llm
 from jaxcept.text.reasoning import make_thoughts
+from jaxcept.text.template import ChatTemplate
 from jaxcept.tools.parsers import make_parser
 from jaxcept_serve.app import create_app
 from jaxcept_serve.service import EngineService
@@ -103,17 +105,23 @@ SECOND = "<think>HI it is</think>It is HI.<|im_end|>"
 SHOUT = {"type": "function", "function": {"name": "shout", "parameters": {"type": "object"}}}
 
 
-@pytest.fixture
-def llm(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[AsyncLLM]:
-    """An engine that speaks from a script."""
-    session = make_session(tokenizer, FIRST, reasoning="qwen3")
+@pytest.fixture(params=["chatml", "qwen3"])
+def llm(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[AsyncLLM]:
+    """An engine that speaks from a script; the template leaves thoughts where they are, or drops them."""
+    if request.param == "qwen3":
+        template = ChatTemplate((Path(__file__).parent / "templates" / "qwen3.jinja").read_text(), {})
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+    session = make_session(tokenizer, FIRST, reasoning="qwen3", max_model_len=2048)
     monkeypatch.setattr(async_llm, "build_session", lambda config, progress: session)
     made = AsyncLLM()
     yield made
     made.close()
 
 
-def test_the_next_turn_goes_on_behind_a_thought_that_the_client_does_not_send_back(llm: AsyncLLM) -> None:
+def test_thoughts_stay_until_the_template_leaves_them_out(llm: AsyncLLM) -> None:
+    """In a loop of calls the next turn goes on behind them, though the client does not send them back."""
+    assert llm.session.tokenizer.chat_template is not None
+    drops = llm.session.tokenizer.chat_template.drops_thoughts
     service = EngineService(
         llm, ["tiny"], make_parser=lambda: make_parser("hermes"), make_thoughts=lambda: make_thoughts("qwen3")
     )
@@ -126,6 +134,10 @@ def test_the_next_turn_goes_on_behind_a_thought_that_the_client_does_not_send_ba
         assert isinstance(done, TurnDone)
         return finished, done.usage, "".join(event.thought for event in events if isinstance(event, TextDelta))
 
+    def speak(text: str) -> None:
+        runner: Any = llm.session.engine.runner
+        runner.scripts = dict.fromkeys(range(4), llm.session.tokenizer.encode(text, add_special_tokens=False))
+
     async def conversation() -> None:
         first, usage, thought = await ask(HI)
         assert (first.thought, thought, first.text.strip()) == ("A call.", "A call.", "Wait.")
@@ -134,13 +146,26 @@ def test_the_next_turn_goes_on_behind_a_thought_that_the_client_does_not_send_ba
         said = {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
         messages = [
             *HI,
-            {"role": "assistant", "content": first.text, "tool_calls": [said]},
+            {"role": "assistant", "content": first.text.strip(), "tool_calls": [said]},
             {"role": "tool", "tool_call_id": call.call_id, "content": "HI"},
         ]
-        llm.session.engine.runner.scripts[0] = llm.session.tokenizer.encode(SECOND, add_special_tokens=False)
+        speak(SECOND)
         final, second, _ = await ask(messages)
         assert (final.thought, final.text) == ("HI it is", "It is HI.")
         known = usage.prompt_tokens + usage.completion_tokens
         assert known - 1 <= second.cached_tokens <= known < second.prompt_tokens, "the thought's tokens are there still"
+        messages += [{"role": "assistant", "content": final.text}, {"role": "user", "content": "and now?"}]
+        speak("<think>\n\n</think>\n\nNothing.<|im_end|>")
+        last, third, _ = await ask(messages)
+        assert last.text == "Nothing."
+        whole = service.tokenize_chat(ChatTurn("x", messages, SamplingParams(), tools=[SHOUT]))
+        if drops:
+            assert third.prompt_tokens == len(whole), "what the template makes of the messages, and no more"
+            assert 8 * (usage.prompt_tokens // 8) <= third.cached_tokens <= usage.prompt_tokens
+        else:
+            num_thought = len("<think>\nA call.\n</think>\n\n") + len("<think>HI it is</think>")
+            assert third.prompt_tokens >= len(whole) + num_thought
+            assert third.cached_tokens >= second.prompt_tokens + second.completion_tokens - 1
+        assert service.conversations.num_held == 1 and llm.session.engine.scheduler.num_intercepted == 1
 
     asyncio.run(asyncio.wait_for(conversation(), 60))

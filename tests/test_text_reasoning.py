@@ -16,7 +16,15 @@ from jaxcept.constraint import ToolChoice, ToolMode
 from jaxcept.scheduler.params import SamplingParams, StructuredOutput
 from jaxcept.session import InterceptOptions
 from jaxcept.text.folder import TextFiles
-from jaxcept.text.reasoning import MARKERS, Thoughts, detect_reasoning, make_thoughts, split_turn
+from jaxcept.text.reasoning import (
+    MARKERS,
+    Thoughts,
+    ThoughtSpans,
+    detect_reasoning,
+    make_thoughts,
+    split_turn,
+    without_spans,
+)
 from jaxcept.text.tokenizer import Tokenizer
 from jaxcept.tools.definition import tool
 from jaxcept.tools.toolbox import Toolbox
@@ -169,3 +177,25 @@ def test_a_required_call_may_be_thought_about_first(tokenizer: Tokenizer) -> Non
         assert not allows(watcher.mask(), tokenizer.encode("x", False)[0])
         write(watcher, tokenizer, call)
         assert watcher.end_of_turn() is not None
+
+
+def spans_of(pieces: Sequence[str], begins_inside: bool = False) -> list[tuple[int, int]]:
+    """The spans of one turn behind ten ids, of which the last one may be the tag; each piece is an id."""
+    thoughts, spans = Thoughts(begins_inside), ThoughtSpans()
+    spans.begin_turn(9 if begins_inside else 10, 10)
+    for end, piece in enumerate(pieces, 11):
+        was_speech = not (thoughts.is_inside or thoughts.may_open)
+        spans.take(piece, thoughts.feed(piece), was_speech, thoughts.is_inside, end)
+    return spans.found
+
+
+def test_spans_hold_the_thought_and_nothing_that_is_said() -> None:
+    assert spans_of(["<think>", "hm", "</think>", "\n\n", "It", " is"]) == [(10, 14)]
+    assert spans_of(["hm", "</think>", "It"], begins_inside=True) == [(9, 12)]
+    assert spans_of(["<think>", "\n\n", "</think>", "\n\nIt"]) == [(10, 13)], "the break comes with a word"
+    assert spans_of(["<think>", "hm", "</think>", "", "", "é"]) == [(10, 13)], "of three ids for one character"
+    assert spans_of(["<think>", "hm", "</think>It"]) == [], "the tag comes with a word"
+    assert spans_of(["<think>", "hm"]) == [], "it never ended"
+    assert spans_of(["It", " is"]) == []
+    assert without_spans(range(10), [(1, 3), (5, 6)]) == [0, 3, 4, 6, 7, 8, 9]
+    assert without_spans([1, 2], []) == [1, 2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum, auto
 from typing import NamedTuple
 
@@ -127,3 +127,43 @@ def split_turn(text: str) -> Split:
     thoughts = Thoughts(begins_inside=bool(closed) and OPEN not in before)
     piece, rest = thoughts.feed(text), thoughts.end_turn()
     return Split(piece.thought + rest.thought, piece.said + rest.said)
+
+
+class ThoughtSpans:
+    """Which ids of a conversation are thoughts: from the opening tag to the first id of what is said.
+
+    A thought whose end lies within one piece with speech is left out: nothing that was said may go with it.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, int]] = []  # (first id, behind the last)
+        self._first = self._end = 0
+        self._is_open = False  # nothing was said in this turn, as far as is known
+        self._has_thought = False
+
+    def begin_turn(self, first: int | None, end: int) -> None:
+        """A turn's own ids begin at `end`; `first` is where its thought would, None where that is not known."""
+        self._is_open, self._has_thought = first is not None, False
+        self._first, self._end = first if first is not None else end, end
+
+    def take(self, text: str, split: Split, was_speech: bool, is_inside: bool, end: int) -> None:
+        """Text of ids up to `end`, and what became of it. `was_speech`: whether no thought was open, or might be."""
+        if not self._is_open:
+            return
+        self._has_thought = self._has_thought or is_inside or bool(split.thought)
+        if split.said:
+            if was_speech and self._has_thought:
+                self.found.append((self._first, self._end))
+            self._is_open = False
+        elif text:  # ids without text may be the beginning of a character that is said
+            self._end = end
+
+
+def without_spans(ids: Sequence[int], spans: Iterable[tuple[int, int]]) -> list[int]:
+    """The ids that lie in none of the spans, which are in order."""
+    kept: list[int] = []
+    start = 0
+    for first, end in spans:
+        kept += ids[start:first]
+        start = end
+    return [*kept, *ids[start:]]

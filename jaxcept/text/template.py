@@ -71,6 +71,17 @@ class ChatTemplate:
         before, found, _ = text.partition(word)
         return bool(found) and before[-1:] not in ("'", '"')  # in quotes the list was printed as it is
 
+    @functools.cached_property
+    def drops_thoughts(self) -> bool:
+        """Whether a user's next message makes the template leave out what the model thought before, found by trying."""
+        word = "jaxcept0thought"
+        said = {"role": "assistant", "content": f"<think>\n{word}\n</think>\n\nyes"}
+        user = {"role": "user", "content": "x"}
+        try:
+            return word not in self.render([user, said, user])
+        except TemplateError:
+            return False
+
     def render(
         self,
         messages: Sequence[Message],

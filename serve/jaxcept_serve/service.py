@@ -17,7 +17,7 @@ from jaxcept.conversations import Conversations, Digest, IdBuffer, KnownTurn, di
 from jaxcept.engine import EngineDeadError
 from jaxcept.scheduler.params import SamplingParams
 from jaxcept.session import PROMPT_END, InterceptOptions
-from jaxcept.text.reasoning import Thoughts
+from jaxcept.text.reasoning import OPEN, Thoughts, without_spans
 from jaxcept.text.template import TemplateError
 from jaxcept.tools.parsers import ToolCallParser
 from jaxcept.tools.toolbox import Toolbox
@@ -57,7 +57,8 @@ class _Prompt:
     ids: list[int]
     digests: list[Digest]
     known: KnownTurn | None  # the turn that the ids go on from
-    follows: str | None = None  # the request whose context waits
+    thoughts: tuple[tuple[int, int], ...] = ()  # spans of the ids
+    is_cut: bool = False  # the turn's thoughts are left out
 
 
 class EngineService:
@@ -180,6 +181,9 @@ class EngineService:
         options = self._options(turn, hold_s)
         await self._check(turn.params, options, calls)
         follows = self.conversations.take(prompt.known) if prompt.known is not None and turn.params.n == 1 else None
+        if follows is not None and prompt.is_cut:
+            self.llm.abort(follows)  # what lies before the first thought stays in the prefix cache
+            follows = None
         try:
             stream = await self.llm.submit(
                 prompt.ids,
@@ -281,6 +285,7 @@ class EngineService:
             ended_turn=run.has_ended_turn,
             request_id=turn.request_id if run.is_held else None,
             conversation=turn.hints.conversation,
+            thoughts=(*prompt.thoughts, *run.spans.found),
         )
         digest = extend_digest(prompt.digests[-1], message)
         for request_id in self.conversations.remember(digest, known, prompt.known):
@@ -328,9 +333,17 @@ class EngineService:
         if match is not None:
             known, rest = match.turn, turn.messages[match.num_messages :]
             ids = self._encode_rest(known, rest, turn, toolbox) if rest else None
+            if ids is not None and self._drops_thoughts(known, rest):
+                return _Prompt([*without_spans(known.ids, known.thoughts), *ids], digests, known, is_cut=True)
             if ids is not None:
-                return _Prompt([*known.ids, *ids], digests, known)
+                return _Prompt([*known.ids, *ids], digests, known, known.thoughts)
         return _Prompt(self._encode_whole(turn, toolbox), digests, None)
+
+    def _drops_thoughts(self, known: KnownTurn, rest: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the template would leave out what the model thought so far, were it to render it all."""
+        template = self._tokenizer.chat_template
+        asks = any(message.get("role") == "user" for message in rest)
+        return asks and bool(known.thoughts) and template is not None and template.drops_thoughts
 
     def _encode_rest(
         self, known: KnownTurn, rest: Sequence[Mapping[str, Any]], turn: ChatTurn, toolbox: Toolbox | None
@@ -385,6 +398,12 @@ class EngineService:
         thoughts = self._make_thoughts()
         thoughts.begin_turn(self.detokenize(prompt_ids[-PROMPT_END:]))
         return thoughts
+
+    def opening_of(self, ids: Sequence[int]) -> int | None:
+        """Where the tag that opens a thought stands at the end of these ids; None where that is not known."""
+        end = list(ids[-PROMPT_END:])
+        tag = self._tokenizer.token_id(OPEN)
+        return len(ids) - 1 - end[::-1].index(tag) if tag in end else None
 
     @property
     def token_bytes(self) -> float:

@@ -11,7 +11,7 @@ from jaxcept.conversations import CallRef
 from jaxcept.outputs import Delta, RequestOutput, Spent
 from jaxcept.scheduler.params import SamplingParams
 from jaxcept.scheduler.plan import TokenLogprobs
-from jaxcept.text.reasoning import Split, Thoughts
+from jaxcept.text.reasoning import Split, Thoughts, ThoughtSpans
 from jaxcept.tools.calls import ParsedCall, ToolCall
 from jaxcept.tools.toolbox import Toolbox
 from jaxcept_serve.call_stream import CallStream
@@ -26,6 +26,9 @@ class RunService(Protocol):
 
     def split_thoughts(self, prompt_ids: Sequence[int]) -> Thoughts | None:
         """A splitter for the turn that begins behind this prompt; None where thoughts are not told apart."""
+
+    def opening_of(self, ids: Sequence[int]) -> int | None:
+        """Where the tag that opens a thought stands at the end of these ids; None where that is not known."""
 
     @property
     def token_bytes(self) -> float:
@@ -100,6 +103,16 @@ class TurnRun:
             for i in range(params.n)
         ]
 
+        self.spans = ThoughtSpans()  # of all_ids
+        self._begin_turn(self._completions[0], prompt_ids)
+
+    def _begin_turn(self, own: Completion, before: Sequence[int]) -> None:
+        """The first completion's next turn begins behind these ids, the last of all so far."""
+        if own.thoughts is not None and not own.index:
+            end = len(self.all_ids)
+            opening = self.service.opening_of(before) if own.thoughts.is_inside else len(before)
+            self.spans.begin_turn(None if opening is None else end - len(before) + opening, end)
+
     @property
     def is_over(self) -> bool:
         """Whether every completion is."""
@@ -125,6 +138,7 @@ class TurnRun:
                 self._num_returned += len(delta.token_ids)
                 if not own.index:
                     self.all_ids += delta.token_ids
+                    self._begin_turn(own, delta.token_ids)
                 return events
             case "intercepted":
                 return self._on_intercepted(own, delta)
@@ -157,13 +171,23 @@ class TurnRun:
         if not own.index:
             self.all_ids += delta.token_ids
         own.logprobs += delta.logprobs or ()
-        thought, text = own.thoughts.feed(delta.text) if own.thoughts is not None else Split(said=delta.text)
+        thought, text = self._split(own, delta.text)
         own.thought.append(thought)
         if thought or (own.thoughts is not None and own.thoughts.is_inside):
             own.num_thought += len(delta.token_ids)
         said, pieces = own.calls.feed(text) if own.calls is not None else (text, [])
         own.text.append(said)
         return [TextDelta(own.index, said, delta.token_ids, delta.logprobs, thought), *pieces]
+
+    def _split(self, own: Completion, text: str) -> Split:
+        thoughts = own.thoughts
+        if thoughts is None:
+            return Split(said=text)
+        was_speech = not (thoughts.is_inside or thoughts.may_open)
+        split = thoughts.feed(text)
+        if not own.index:
+            self.spans.take(text, split, was_speech, thoughts.is_inside, len(self.all_ids))
+        return split
 
     def _end_turn(self, own: Completion) -> list[TurnEvent]:
         """What the end of a turn sets free of what was held back."""
