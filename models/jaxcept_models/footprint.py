@@ -89,7 +89,8 @@ class Footprint:
     def draw_bytes(self, max_num_seqs: int) -> int:
         """Temporaries of the largest draw."""
         gathered = self.dtype.itemsize if self.parallel.splits_vocabulary else 0
-        return max_num_seqs * self.config.vocab_size * (_LOGITS_AT_ONCE * _FLOAT32 + gathered)
+        masked = 1 if self.config.logits_soft_cap is not None else 0  # a byte each beside them, as XLA fuses the cap
+        return max_num_seqs * self.config.vocab_size * (_LOGITS_AT_ONCE * _FLOAT32 + gathered + masked)
 
     def workspace_bytes(self, tokens: int, max_num_seqs: int) -> int:
         """All of them: a step and a draw may be under way at once."""
