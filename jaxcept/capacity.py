@@ -170,7 +170,8 @@ def make_plan(name: str, footprint: Footprint, sheet: DeviceSheet, sizes: Sizes)
 def model_shape(name: str, footprint: Footprint, block_size: int, context: int) -> ModelShape:
     """What the roofline needs of a model whose contexts are so many tokens long."""
     config = footprint.config
-    attended = sum(min(window or context, context) for window in config.windows or (None,)) / context
+    windows = config.windows or (None,)
+    attended_share = sum(min(window or context, context) for window in windows) / (context * len(windows))
     experts = None
     if config.num_experts:
         each = 3 * config.hidden_size * config.intermediate_size * config.num_layers  # gate, up and down
@@ -178,7 +179,7 @@ def model_shape(name: str, footprint: Footprint, block_size: int, context: int) 
     return ModelShape(
         name, num_params(config), config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads,
         config.head_dim, footprint.dtype.itemsize, footprint.kv_element_bytes(block_size), experts,
-        attended / max(1, len(config.windows)),
+        attended_share,
     )  # fmt: skip
 
 

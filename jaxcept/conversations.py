@@ -43,10 +43,10 @@ class IdBuffer:
 class KnownTurn:
     """A turn that the model ended: the ids of its conversation from the beginning to there.
 
-    `request_id` is the request whose sequence waits with the context, None where none does. `thoughts` are the spans of
-    ids that the model thought. `answers` are results of
+    `request_id` is the request whose sequence waits with the context, None where none does. `answers` are results of
     calls that need no client: tools of the server, called in the same turn as the client's. `ended_turn` says that the
-    last id ends the turn. The ids are the first `num_ids` of a buffer, which turns of the conversation share.
+    last id ends the turn, `thoughts` which spans of the ids are thoughts. The ids are the first `num_ids` of a buffer,
+    which turns of the conversation share.
     """
 
     buffer: IdBuffer

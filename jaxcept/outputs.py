@@ -58,6 +58,7 @@ class CompletionOutput:
     stop_reason: str | int | None = None
     segments: list[Segment] = field(default_factory=list)
     interceptions: list[Interception] = field(default_factory=list)
+    tells_thoughts: bool = False  # apart from what is said; otherwise thoughts are text like any other
 
     @property
     def answer(self) -> str:
@@ -72,7 +73,9 @@ class CompletionOutput:
     @property
     def _last_turn(self) -> Split:
         last = self.segments[-1] if self.segments else None
-        return split_turn(last.text) if last is not None and last.kind == "generated" else Split()
+        if last is None or last.kind != "generated":
+            return Split()
+        return split_turn(last.text) if self.tells_thoughts else Split(said=last.text)
 
 
 @dataclass(slots=True)

@@ -56,6 +56,7 @@ class Transcript:
             stop_reason=event.stop_reason,
             segments=self._segments,
             interceptions=[self._interception(record.index, event) for record in event.interceptions],
+            tells_thoughts=self.watcher.tells_thoughts,
         )
         return held_back, output
 

@@ -109,6 +109,11 @@ class TextWatcher:
         self._constraint = constraint
         self._thinking = thinking
 
+    @property
+    def tells_thoughts(self) -> bool:
+        """Whether thoughts are told apart from what is said."""
+        return self._thinking is not None
+
     def begin_after(self, prompt_end: Callable[[], str]) -> None:
         """The turn begins behind a prompt; its end is asked for where it matters."""
         if self._thinking is not None:

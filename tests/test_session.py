@@ -144,6 +144,10 @@ def test_each_turn_may_begin_with_a_thought(tokenizer):
     assert [len(each.calls) for each in output.interceptions] == [1], "a call in a thought is none"
     assert (output.reasoning, output.answer) == ("HI, then", "It is HI.")
     assert "<think>" in output.text, "nothing that was generated is left out"
+    session = make_session(tokenizer, "<think>hm</think>3<|im_end|>")
+    session.add("x", SamplingParams(max_tokens=40), request_id="r")
+    (output,) = run(session)[1]["r"].outputs
+    assert (output.reasoning, output.answer) == ("", "<think>hm</think>3"), "nobody asked for thoughts"
 
 
 def test_a_call_runs_and_the_sequence_goes_on_from_its_own_ids(tokenizer):
