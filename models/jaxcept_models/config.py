@@ -9,14 +9,14 @@ from typing import Literal, NamedTuple
 from jaxcept_kernels.scoring import Scoring
 from jaxcept_models.errors import CheckpointError
 from jaxcept_models.fields import Fields, read_json
-from jaxcept_models.rope import LinearScaling, Llama3Scaling, RopeConfig, Scaling, YarnScaling, yarn_attention_factor
+from jaxcept_models.rope import RopeConfig
+from jaxcept_models.rope_fields import read_rope, read_scaled_rope
 
 SUPPORTED = (
     *("GPTJForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"),
     *("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
     *("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
 )
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _BY_MODEL_TYPE = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3": "Gemma3ForConditionalGeneration",
@@ -159,7 +159,7 @@ def _llama(fields: Fields, architecture: str) -> ModelConfig:
     else:
         head_dim = _exact_head_dim(fields, hidden, heads)
     max_positions = fields.integer("max_position_embeddings", 2048)
-    rope, max_positions = _rope(fields, head_dim, max_positions)
+    rope, max_positions = read_rope(fields, head_dim, max_positions)
     # Qwen2 has its biases by definition; the others follow the config.
     can_have_bias = architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
     bias = can_have_bias and fields.flag("attention_bias", False)
@@ -270,12 +270,12 @@ def _gemma_windows(fields: Fields, layers: int, pattern: int) -> tuple[int | Non
 def _gemma_ropes(fields: Fields, head_dim: int, is_second: bool) -> tuple[RopeConfig, RopeConfig | None]:
     """The rotation, and that of layers with a window; max_position_embeddings counts what scaling adds."""
     if is_second:
-        return _rope(fields, head_dim, 1)[0], None
+        return read_rope(fields, head_dim, 1)[0], None
     each = fields.section("rope_parameters")
     full = fields.section("rope_scaling") if each is None else each.section("full_attention")
     local = None if each is None else each.section("sliding_attention")
     thetas = fields.number("rope_theta", 1e6), fields.number("rope_local_base_freq", 1e4)
-    return _scaled_rope(full, thetas[0], head_dim, 1)[0], _scaled_rope(local, thetas[1], head_dim, 1)[0]
+    return read_scaled_rope(full, thetas[0], head_dim, 1)[0], read_scaled_rope(local, thetas[1], head_dim, 1)[0]
 
 
 class _Experts(NamedTuple):
@@ -315,53 +315,6 @@ def _exact_head_dim(fields: Fields, hidden: int, heads: int) -> int:
     if heads < 1 or hidden % heads:
         raise CheckpointError(f"{fields.path}: hidden size {hidden} is not a multiple of its {heads} attention heads")
     return hidden // heads
-
-
-def _rope(fields: Fields, head_dim: int, max_positions: int) -> tuple[RopeConfig, int]:
-    """The rotation, and how many positions it reaches. transformers 5 writes rope_parameters, older ones two fields."""
-    theta = fields.number("rope_theta", 10000.0)
-    scaling = fields.section("rope_parameters") or fields.section("rope_scaling")
-    if scaling is not None and scaling.is_nested:
-        raise CheckpointError(f"{fields.path}: rope parameters that differ by layer are not supported")
-    return _scaled_rope(scaling, theta, head_dim, max_positions)
-
-
-def _scaled_rope(scaling: Fields | None, theta: float, head_dim: int, max_positions: int) -> tuple[RopeConfig, int]:
-    if scaling is None:
-        return RopeConfig(theta, head_dim), max_positions
-    theta = scaling.number("rope_theta", theta)
-    kind = scaling.text("rope_type", scaling.text("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise CheckpointError(f"{scaling.path}: rope type {kind!r} is not supported; supported are {ROPE_TYPES}")
-    if scaling.number("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError(f"{scaling.path}: partial_rotary_factor is not supported for this architecture")
-    if kind == "default":
-        return RopeConfig(theta, head_dim), max_positions
-    factor = scaling.number("factor")
-    if factor < 1:
-        raise CheckpointError(f"{scaling.path}: rope factor {factor}: expected 1 or more")
-    original = scaling.integer("original_max_position_embeddings", max_positions)
-    spec: Scaling
-    if kind == "linear":
-        spec, reach = LinearScaling(factor), int(max_positions * factor)
-    elif kind == "llama3":
-        low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
-        spec, reach = Llama3Scaling(factor, low, high, original), max_positions
-    else:
-        spec, reach = _yarn(scaling, factor, original), max(max_positions, int(original * factor))
-    return RopeConfig(theta, head_dim, scaling=spec), reach
-
-
-def _yarn(scaling: Fields, factor: float, original: int) -> YarnScaling:
-    mscale, mscale_all_dim = scaling.number("mscale", 0.0), scaling.number("mscale_all_dim", 0.0)
-    return YarnScaling(
-        factor=factor,
-        original_max_position_embeddings=original,
-        attention_factor=scaling.number("attention_factor", yarn_attention_factor(factor, mscale, mscale_all_dim)),
-        beta_fast=scaling.number("beta_fast", 32.0),
-        beta_slow=scaling.number("beta_slow", 1.0),
-        truncate=scaling.flag("truncate", True),
-    )
 
 
 def _windows(fields: Fields, architecture: str, max_positions: int) -> tuple[int | None, ...]:
