@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from text_backends import TEMPLATES
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from jaxcept.text.folder import TextFiles
@@ -17,13 +17,12 @@ from jaxcept.text.template import ChatTemplate, TemplateError
 from jaxcept.text.tokenizer import Tokenizer as TextTokenizer
 from jaxcept.tools.calls import MalformedCall, ToolCall
 
-TEMPLATES = Path(__file__).parent / "templates"
 EOS = {"chatml": "<|im_end|>", "qwen2_5": "<|im_end|>", "qwen3": "<|im_end|>", "llama3": "<|eot_id|>",
        "llama3_1": "<|eot_id|>", "llama3_2": "<|eot_id|>", "gptj": "<|endoftext|>"}  # fmt: skip
-NAMES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+NAMES = sorted(TEMPLATES)
 CONTROL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|start_header_id|>",
            "<|end_header_id|>", "<|python_tag|>", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[INST]",
-           "[/INST]", "<|endoftext|>"]  # fmt: skip
+           "[/INST]", "<|endoftext|>", "<start_of_turn>", "<end_of_turn>"]  # fmt: skip
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]
 ADD = ToolCall("call00000", "add", {"a": 1, "b": "é </tool_call>"})
 NOW = ToolCall("call00001", "now", {})
@@ -32,7 +31,7 @@ PROMPT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content"
 
 def template(name: str) -> ChatTemplate:
     special = {"bos_token": "<s>", "eos_token": EOS.get(name, "</s>")}
-    return ChatTemplate((TEMPLATES / f"{name}.jinja").read_text(), special)
+    return ChatTemplate(TEMPLATES[name].read_text(), special)
 
 
 def tokenizer(name: str) -> TextTokenizer:
@@ -43,7 +42,7 @@ def tokenizer(name: str) -> TextTokenizer:
     backend.add_tokens([AddedToken(text, special=False) for text in ("<tool_call>", "</tool_call>", "<tool_response>",
                                                                      "</tool_response>")])  # fmt: skip
     special = {"bos_token": "<s>", "eos_token": EOS.get(name, "</s>")}
-    return TextTokenizer(TextFiles(backend, special, chat_template=(TEMPLATES / f"{name}.jinja").read_text()))
+    return TextTokenizer(TextFiles(backend, special, chat_template=TEMPLATES[name].read_text()))
 
 
 def hermes(calls: list[ToolCall]) -> str:
@@ -57,6 +56,14 @@ def llama3(calls: list[ToolCall]) -> str:
 def mistral(calls: list[ToolCall]) -> str:
     items = ", ".join(f'{{"name": "{c.name}", "arguments": {_json(c)}, "id": "{c.id}"}}' for c in calls)
     return f"[TOOL_CALLS] [{items}]"
+
+
+def pythonic(calls: list[ToolCall]) -> str:
+    return f"[{', '.join(f'{c.name}({_keywords(c)})' for c in calls)}]"
+
+
+def _keywords(call: ToolCall) -> str:
+    return ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in call.arguments.items())
 
 
 def _json(call: ToolCall) -> str:
@@ -75,7 +82,8 @@ def answers(calls: list[ToolCall], results: list[str]) -> list[dict[str, Any]]:
 
 
 WRITTEN = {"qwen2_5": (hermes, "<|im_end|>"), "qwen3": (hermes, "<|im_end|>"), "llama3_1": (llama3, "<|eot_id|>"),
-           "llama3_2": (llama3, "<|eot_id|>"), "mistral_v3": (mistral, "</s>")}  # fmt: skip
+           "llama3_2": (llama3, "<|eot_id|>"), "mistral_v3": (mistral, "</s>"),
+           "gemma3_pythonic": (pythonic, "<end_of_turn>")}  # fmt: skip
 RESULTS = ["3", "", 'é世\n{"x": 1}', "</tool_response><|im_end|>", "jaxcept0probe", "jaxcept0probe0z jaxcept0probex"]
 
 

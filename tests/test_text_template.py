@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from text_backends import TEMPLATES
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
 from jaxcept.text.template import ChatTemplate, TemplateError
 
-TEMPLATES = Path(__file__).parent / "templates"
-NAMES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+NAMES = sorted(TEMPLATES)
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 
 TOOLS = [
@@ -83,7 +83,7 @@ def peers() -> Any:
     backend = Backend(models.WordLevel({"<s>": 0, "</s>": 1, "x": 2}, unk_token="x"))
     return {
         name: transformers.PreTrainedTokenizerFast(
-            tokenizer_object=backend, chat_template=(TEMPLATES / f"{name}.jinja").read_text(), **SPECIAL
+            tokenizer_object=backend, chat_template=TEMPLATES[name].read_text(), **SPECIAL
         )
         for name in NAMES
     }
@@ -91,12 +91,12 @@ def peers() -> Any:
 
 def test_the_fixtures_are_there() -> None:
     families = {"chatml", "gptj", "llama2", "llama3", "llama3_1", "llama3_2", "mistral_v1", "mistral_v3", "qwen2_5"}
-    assert families | {"qwen3", "vicuna"} <= set(NAMES)
+    assert families | {"qwen3", "vicuna", "gemma3_pythonic"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_same_text_as_transformers(name: str, peers: Any) -> None:
-    template = ChatTemplate((TEMPLATES / f"{name}.jinja").read_text(), SPECIAL)
+    template = ChatTemplate(TEMPLATES[name].read_text(), SPECIAL)
     rendered = 0
     for (title, messages), tools, prompt, extra in itertools.product(
         CONVERSATIONS.items(), (None, TOOLS), (False, True), EXTRAS
@@ -233,7 +233,7 @@ def test_templates_get_plain_data_alone() -> None:
 
 
 def test_threads_render_at_once() -> None:
-    template = ChatTemplate((TEMPLATES / "qwen3.jinja").read_text(), SPECIAL)
+    template = ChatTemplate(TEMPLATES["qwen3"].read_text(), SPECIAL)
     expected = template.render(CONVERSATIONS["second_call"], TOOLS)
     wrong: list[str] = []
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from text_backends import TEMPLATES
 
+from jaxcept.text.template import ChatTemplate
 from jaxcept.tools.calls import MalformedCall, ParsedCall, ToolCall
 from jaxcept.tools.parsers import PARSERS, detect_parser, make_parser
 from jaxcept.tools.python_calls import read_python_calls
@@ -308,3 +310,20 @@ def test_formats_are_detected_from_templates() -> None:
     assert detect_parser("{{ '<|python_start|>' }}") == "pythonic"
     assert detect_parser("{{ '<|python_tag|>' }}") == "llama3_json"
     assert detect_parser("{{ messages }}") is None
+
+
+def test_calls_in_the_template_for_gemma_are_read_as_they_were_made() -> None:
+    source = TEMPLATES["gemma3_pythonic"].read_text()
+    name = detect_parser(source)
+    assert name == "pythonic"
+    arguments = {"word": 'say "é"\n</end>', "n": [1, -2.5, None, True], "deep": {"a b": {"c": False}}}
+    made = [{"function": {"name": "shout", "arguments": arguments}}, {"function": {"name": "now", "arguments": {}}}]
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": made}]
+    written = ChatTemplate(source, {"bos_token": "<bos>"}).render(turns, add_generation_prompt=False)
+    text = written.rpartition("<start_of_turn>model\n")[2].removesuffix("<end_of_turn>\n")
+    parsed = parse(name, [text])
+    assert [(call.name, call.arguments) for call in parsed.calls if isinstance(call, ToolCall)] == [
+        ("shout", arguments),
+        ("now", {}),
+    ]
+    assert not parsed.content.strip()

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+_HERE = Path(__file__).parent
+TEMPLATES = {
+    path.stem: path
+    for folder in (_HERE / "templates", _HERE.parent / "examples" / "templates")
+    for path in sorted(folder.glob("*.jinja"))
+}
 LINES = [
     "The quick brown fox jumps over the lazy dog, twice: 1 + 2 = 3.",
     "héllo wörld, naïve café; 世界 你好 😀👍🏽 \u0915\u094d\u0937 e\u0301",
