@@ -102,7 +102,6 @@ class TurnRun:
             )
             for i in range(params.n)
         ]
-
         self.spans = ThoughtSpans()  # of all_ids
         self._begin_turn(self._completions[0], prompt_ids)
 
