@@ -15,6 +15,9 @@ from jaxcept.scheduler.plan import Mask, RowSetup
 VOCAB, ROWS, LENGTH = 50, 4, 32
 
 
+draw = jax.jit(sample, static_argnames="variant")
+
+
 def row_params(n, **columns):
     defaults = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "presence": 0.0, "frequency": 0.0,
                 "repetition": 1.0}  # fmt: skip
@@ -67,7 +70,7 @@ def drawn(logits, setups, positions, variant, state=None):
     rows = np.array([s.row for s in setups], np.int32)
     packed = host.params(rows, np.asarray(positions, np.int32), len(rows))
     params = unpack_params(jnp.asarray(packed))
-    return jax.jit(sample, static_argnames="variant")(jnp.asarray(logits), params, state, variant)
+    return draw(jnp.asarray(logits), params, state, variant)
 
 
 def setup(row, token_ids=(1, 2, 3), spans=(), seed=0, stop=(), **params):
@@ -150,7 +153,7 @@ def test_penalties_count_what_was_drawn_since_the_row_was_set():
     host = HostRows(ROWS, LENGTH, VOCAB)
     host.set(row)
     packed = jnp.asarray(host.params(np.array([1]), np.array([4]), 1))
-    second, _, _ = sample(jnp.asarray(logits), unpack_params(packed), state, Variant.FULL)
+    second, _, _ = draw(jnp.asarray(logits), unpack_params(packed), state, Variant.FULL)
     assert (int(first[0]), int(second[0])) == (7, 8)
 
 
@@ -188,7 +191,7 @@ def masked_draw(logits, allowed, params, host=None, positions=(3,), state=None):
     mask = host.masks(rows, (Mask(0, bits),), 2)
     packed = host.params(rows, np.asarray(positions, np.int32), 2)
     both = jnp.stack([jnp.asarray(logits)] * 2)
-    tokens, _, logprobs = sample(both, unpack_params(packed), state, Variant.MASKED, jnp.asarray(mask))
+    tokens, _, logprobs = draw(both, unpack_params(packed), state, Variant.MASKED, jnp.asarray(mask))
     return int(tokens[0]), logprobs
 
 
