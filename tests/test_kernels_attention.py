@@ -190,7 +190,7 @@ def test_a_nan_stays_in_its_row(implementation: Implementation) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_random_batches(implementation: Implementation, data: st.DataObject) -> None:
     """Shapes of two buckets, so that the examples share a few compilations."""
