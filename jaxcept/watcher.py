@@ -161,7 +161,7 @@ class TextWatcher:
         constraint, thinking = self._constraint, self._thinking
         if constraint is None:
             return [None] * len(token_ids)
-        if thinking is not None and (thinking.thoughts.is_inside or thinking.thoughts.may_open):
+        if thinking is not None and not thinking.thoughts.is_over:
             return [None] * thinking.num_free(token_ids)
         try:
             return constraint.masks_behind(token_ids)
@@ -171,7 +171,7 @@ class TextWatcher:
     def forced(self) -> Sequence[int]:
         """Tokens that the constraint leaves no choice about: see Watcher."""
         thinking = self._thinking
-        if thinking is not None and (thinking.thoughts.is_inside or thinking.thoughts.may_open):
+        if thinking is not None and not thinking.thoughts.is_over:
             return ()
         return self._constraint.forced() if self._constraint is not None else ()
 

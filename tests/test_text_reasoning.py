@@ -184,7 +184,7 @@ def spans_of(pieces: Sequence[str], begins_inside: bool = False) -> list[tuple[i
     thoughts, spans = Thoughts(begins_inside), ThoughtSpans()
     spans.begin_turn(9 if begins_inside else 10, 10)
     for end, piece in enumerate(pieces, 11):
-        was_speech = not (thoughts.is_inside or thoughts.may_open)
+        was_speech = thoughts.is_over
         spans.take(piece, thoughts.feed(piece), was_speech, thoughts.is_inside, end)
     return spans.found
 

@@ -59,6 +59,11 @@ class Thoughts:
         """Whether the turn may still begin with a thought."""
         return self._at is _At.BEGINNING
 
+    @property
+    def is_over(self) -> bool:
+        """Whether what comes next is surely said."""
+        return not (self.is_inside or self.may_open)
+
     def feed(self, text: str) -> Split:
         """Takes more text; as much of it as is certain."""
         text, self._held = self._held + text, ""

@@ -204,7 +204,7 @@ def _gemma(top: Fields, architecture: str) -> ModelConfig:
     if fields.flag("use_bidirectional_attention", False):
         raise CheckpointError(f"{fields.path}: use_bidirectional_attention is not supported")
     layers, hidden = fields.integer("num_hidden_layers", 26), fields.integer("hidden_size", 2304)
-    head_dim, max_positions = fields.integer("head_dim", 256), fields.integer("max_position_embeddings", 131072)
+    head_dim = fields.integer("head_dim", 256)
     scalar = fields.number("query_pre_attn_scalar", 256)
     if scalar <= 0:
         raise CheckpointError(f"{fields.path}: query_pre_attn_scalar is {scalar}, expected more than 0")
@@ -219,7 +219,7 @@ def _gemma(top: Fields, architecture: str) -> ModelConfig:
         head_dim=head_dim,
         intermediate_size=fields.integer("intermediate_size", 9216),
         vocab_size=fields.integer("vocab_size", 256000 if is_second else 262208),
-        max_position_embeddings=fields.integer("max_position_embeddings", 8192) if is_second else max_positions,
+        max_position_embeddings=fields.integer("max_position_embeddings", 8192 if is_second else 131072),
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         rope=rope,
         tie_word_embeddings=top.flag("tie_word_embeddings", True),

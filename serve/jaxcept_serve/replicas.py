@@ -375,9 +375,8 @@ def _same(old: TurnEvent, new: TurnEvent, ids: dict[str, str]) -> bool:
     """Whether an event says again what was said; `ids` learns the old ids of calls by their new ones."""
     match old, new:
         case TextDelta(), TextDelta():
-            return (old.index, old.thought, old.text, old.token_ids) == (
-                *(new.index, new.thought, new.text, new.token_ids),
-            )
+            said = [(each.index, each.thought, each.text, each.token_ids) for each in (old, new)]
+            return said[0] == said[1]
         case CallDelta(), CallDelta():
             ids[new.call_id] = old.call_id
             return replace(new, call_id=old.call_id) == old

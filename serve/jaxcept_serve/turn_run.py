@@ -182,7 +182,7 @@ class TurnRun:
         thoughts = own.thoughts
         if thoughts is None:
             return Split(said=text)
-        was_speech = not (thoughts.is_inside or thoughts.may_open)
+        was_speech = thoughts.is_over
         split = thoughts.feed(text)
         if not own.index:
             self.spans.take(text, split, was_speech, thoughts.is_inside, len(self.all_ids))
