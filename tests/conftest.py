@@ -9,8 +9,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
     [
         *(os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"),
-        *(["--xla_backend_optimization_level=0"] if os.environ["JAX_PLATFORMS"] == "cpu" else []),
-        *(["--xla_llvm_disable_expensive_passes=true"] if os.environ["JAX_PLATFORMS"] == "cpu" else []),
+        *(
+            ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+            if os.environ["JAX_PLATFORMS"] == "cpu"
+            else []
+        ),
     ]
 ).strip()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
